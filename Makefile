@@ -1,0 +1,65 @@
+# The commands people type. All is installed into .venv, in the versions that constraints.txt pins.
+
+PYTHON ?= python3
+ARGS   ?=
+
+V     := .venv
+BIN   := $(V)/bin
+PIP   := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+# A .venv of an older Python, or one that was copied here from another folder, is made anew
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+USABLE := $(shell $(BIN)/python $(NEW_ENOUGH) 2>/dev/null && head -n 2 $(BIN)/pip | grep -qF '$(CURDIR)/$(V)/' && echo yes)
+ifneq ($(USABLE),yes)
+$(shell rm -f $(V)/.made $(V)/.torch $(V)/.core $(V)/.dev)
+endif
+
+.PHONY: help quickstart test build docs
+.NOTPARALLEL:
+
+help:
+	@echo 'make quickstart  install what is needed, then train a dense and a sparse model on real text'
+	@echo '                 (options: make quickstart ARGS="--steps 100 --pattern bigbird")'
+	@echo 'make test        install the dev extra, then check the book and run its tests'
+	@echo 'make build       make the package, the tests, the demo and the README from the notebooks'
+	@echo 'make docs        render the docs site, where Quarto is installed'
+
+quickstart: $(V)/.core
+	@$(BIN)/pythia_quickstart $(ARGS)
+
+test: $(V)/.dev
+	@$(BIN)/pythia_book check
+	@$(BIN)/pythia_book test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4
+
+build: $(V)/.dev
+	@$(BIN)/pythia_book build
+
+docs: $(V)/.dev
+	@$(BIN)/pythia_book docs
+
+$(V)/.made:
+	@test "$(USABLE)" = yes || $(PYTHON) $(NEW_ENOUGH) 2>/dev/null || { echo "pythia_nb needs Python 3.11 or newer, and\
+	 $(PYTHON) is not that; name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test "$(USABLE)" = yes || { echo "making $(V) with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear $(V); }
+	@touch $@
+
+# On a machine without an NVIDIA GPU the CPU build, which is a tenth of the size. uv knows where those are kept.
+$(V)/.torch: $(V)/.made constraints.txt
+	@if nvidia-smi -L >/dev/null 2>&1; then echo "installing $(TORCH)"; $(PIP) $(TORCH); \
+	else echo "installing $(TORCH), the CPU build"; $(PIP) uv; \
+	  UV_HTTP_RETRIES=1 $(BIN)/uv pip install -qq --python $(BIN)/python --constraint constraints.txt --torch-backend=cpu $(TORCH) 2>/dev/null \
+	  || { echo "the place of the CPU builds can't be reached: taking the $(TORCH) that pip finds"; $(PIP) $(TORCH); }; fi
+	@touch $@
+
+$(V)/.core: $(V)/.torch settings.ini setup.py pyproject.toml
+	@echo "installing pythia_nb and what it needs"
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(V)/.dev: $(V)/.core
+	@echo "installing what the book's tests need"
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
