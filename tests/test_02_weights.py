@@ -1,0 +1,365 @@
+"Tests of 02_weights. Generated from nbs/02_weights.ipynb: edit that, then run pythia_book build."
+import importlib
+import json
+import os
+import pytest
+import re
+import subprocess
+import sys
+import torch
+from pathlib import Path
+from pythia_nb.config import PythiaConfig
+from pythia_nb.model import Pythia
+from pythia_nb.weights import config_from_hf, config_to_hf, load_config
+from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+
+PEAK_PROGRAM = """
+import ctypes, gc, json, sys, torch
+from safetensors.torch import load_file
+from pythia_nb.model import Pythia
+from pythia_nb.weights import load_config
+
+def status(key): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+def plain(folder):
+    model = Pythia(load_config(folder), device="meta").to_empty(device="cpu")
+    model.load_state_dict({k.removeprefix("gpt_neox."): v for k, v in load_file(folder + "/model.safetensors").items()})
+    return model
+Pythia.from_pretrained(sys.argv[1])  # what torch sets up once does not count
+peaks = {}
+for case, folder, dtype in json.loads(sys.argv[2]):
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"): libc.malloc_trim(0)  # no room left from the case before
+    open("/proc/self/clear_refs", "w").write("5")  # forget the highest value so far
+    before = status("VmRSS")
+    model = plain(folder) if case == "plain" else Pythia.from_pretrained(folder, dtype=dtype)
+    peaks[case] = [status("VmHWM") - before, sum(p.nbytes for p in model.parameters())]
+    del model
+print(json.dumps(peaks))
+"""
+
+def measure_peaks(warmup, cases):
+    "name -> (highest memory while loading, bytes of the model), for cases of (name, folder, dtype), in a new process."
+    command = [sys.executable, "-c", PEAK_PROGRAM, str(warmup), json.dumps(cases)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def save_bin(model, folder, shards=1, unembedding="embed_out.weight", prefix="gpt_neox.", buffers=True, config=None):
+    "Save as `pytorch_model.bin`, as transformers 4 did."
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config or config_to_hf(model.config, model.dtype)))
+    state = {unembedding if k == "embed_out.weight" else prefix + k: v for k, v in model.state_dict().items()}
+    for i in range(model.config.num_layers if buffers else 0):
+        at = f"{prefix}layers.{i}.attention."
+        state |= {at + "bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), at + "masked_bias": torch.tensor(-1e9),
+                  at + "rotary_emb.inv_freq": torch.ones(4)}
+    names = sorted(state)
+    file = lambda i: f"pytorch_model-{i + 1:05}-of-{shards:05}.bin" if shards > 1 else "pytorch_model.bin"
+    files = {file(i): names[i::shards] for i in range(shards)}
+    for file, part in files.items(): torch.save({n: state[n] for n in part}, folder / file)
+    if shards > 1:
+        weight_map = {n: file for file, part in files.items() for n in part}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def small(**changes):
+    "A small model with random parameters, biases and layer norms included."
+    shape = dict(vocab_size=97, hidden_size=64, num_layers=2, num_heads=2, max_position_embeddings=64)
+    config = PythiaConfig.from_dict(shape | changes)
+    model = Pythia(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if "norm.weight" in name else 0.0, 0.3 if p.ndim == 1 else 0.1, generator=generator)
+    return model
+
+IDS = torch.arange(3 * 31).view(3, 31) % 97
+
+@torch.no_grad()
+def same_logits(a, b):
+    "Do two models agree to the last bit?"
+    a, b = ((m(IDS).logits if isinstance(m, GPTNeoXForCausalLM) else m(IDS)) for m in (a, b))
+    return torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "150KB"])
+@pytest.mark.parametrize("changes", [
+    {}, dict(tie_embeddings=True), dict(parallel_residual=False, rotary_pct=1.0, intermediate_size=100),
+    dict(attention_bias=False), dict(hidden_act="relu", layer_norm_eps=1e-3, rotary_base=500.0),
+    dict(rope_scaling={"type": "linear", "factor": 2.0}),
+    dict(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, rotary_pct=1.0),
+    dict(rope_scaling={"type": "ntk", "factor": 4.0}, rotary_pct=1.0)])
+def test_round_trips(tmp_path, changes, shard_size):
+    "ours -> folder -> transformers -> folder -> ours, with identical logits at every station."
+    model = small(**changes)
+    model.save_pretrained(tmp_path / "ours", max_shard_size=shard_size)
+    assert (tmp_path / "ours/model.safetensors.index.json").exists() == (shard_size == "150KB")
+    theirs, info = GPTNeoXForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert same_logits(model, theirs.eval()) and same_logits(model, Pythia.from_pretrained(tmp_path / "ours"))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard_size)
+    again = Pythia.from_pretrained(tmp_path / "theirs")
+    assert same_logits(model, again) and not again.training
+    if changes.get("rope_scaling", {}).get("type") != "ntk": assert again.config == model.config
+    assert load_config(tmp_path / "ours") == model.config
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("unembedding", ["embed_out.weight", "lm_head.weight"])
+@pytest.mark.parametrize("prefix", ["gpt_neox.", ""])
+def test_legacy_bin(tmp_path, shards, unembedding, prefix):
+    "Old files: .bin, single and in shards, either name of the unembedding, with and without prefix, buffers ignored."
+    model = small()
+    save_bin(model, tmp_path / "m", shards, unembedding, prefix)
+    assert same_logits(model, Pythia.from_pretrained(tmp_path / "m"))
+    low = Pythia.from_pretrained(tmp_path / "m", dtype="bfloat16")
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(model.parameters(), low.parameters()))
+
+
+def test_odd_bin(tmp_path):
+    "Transposed tensors, tensors that share a storage, and the archive of before torch 1.6 are read as well."
+    model = small(tie_embeddings=True)
+    state = dict(model.state_dict())
+    for legacy in (False, True):
+        folder = save_bin(model, tmp_path / f"m{legacy}")
+        name = "layers.0.mlp.dense_h_to_4h.weight"
+        odd = state | {name: state[name].t().contiguous().t()}
+        both = torch.cat([state["final_layer_norm.weight"], state["final_layer_norm.bias"]])
+        if legacy: odd = state | {"final_layer_norm.weight": both[:64], "final_layer_norm.bias": both[64:]}
+        torch.save(odd, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+        assert same_logits(model, Pythia.from_pretrained(folder))
+
+
+def test_config_spellings():
+    "rotary_pct, rope_parameters, rope_scaling and the names in between give the same configuration."
+    base = config_to_hf(PythiaConfig(rotary_pct=0.5, rotary_base=500.0))
+    base = {k: v for k, v in base.items() if not k.startswith(("rot", "rope"))}
+    scaling = {"type": "linear", "factor": 2.0}
+    old = {"rotary_pct": 0.5, "rotary_emb_base": 500}
+    middle = {"partial_rotary_factor": 0.5, "rope_theta": 500.0}
+    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+    assert {config_from_hf(base | x) for x in (old, middle, new)} == {PythiaConfig(rotary_pct=0.5, rotary_base=500.0)}
+    scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0} | middle}
+    for x in (old | {"rope_scaling": scaling}, scaled):
+        assert config_from_hf(base | x) == PythiaConfig(rotary_pct=0.5, rotary_base=500.0, rope_scaling=scaling)
+    theirs = GPTNeoXConfig(**config_to_hf(PythiaConfig(rotary_pct=0.5, rotary_base=500.0, rope_scaling=scaling)))
+    assert theirs.rope_parameters.items() >= scaled["rope_parameters"].items()
+    assert config_from_hf(base | {"hidden_act": "gelu_fast"}).hidden_act == "gelu_new"
+
+
+def test_the_hubs_configuration():
+    "The configuration as it stands beside the published pythia-70m."
+    values = json.loads("""{"architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0,
+        "hidden_act": "gelu", "hidden_size": 512, "initializer_range": 0.02, "intermediate_size": 2048,
+        "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "model_type": "gpt_neox",
+        "num_attention_heads": 8, "num_hidden_layers": 6,
+        "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": false, "torch_dtype": "float16",
+        "transformers_version": "4.24.0", "use_cache": true, "use_parallel_residual": true, "vocab_size": 50304}""")
+    assert config_from_hf(values) == PythiaConfig.preset("70m")
+
+
+def test_types_devices_overrides(tmp_path):
+    "The saved type unless another is asked for; configuration fields can be overridden; block and pattern come back."
+    model = small().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "m")
+    assert Pythia.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
+    assert Pythia.from_pretrained(str(tmp_path / "m"), dtype=torch.float32).dtype == torch.float32
+    other = Pythia.from_pretrained(tmp_path / "m", hidden_dropout=0.1, max_position_embeddings=128, block=32)
+    assert (other.config.hidden_dropout, other.config.max_position_embeddings, other.block) == (0.1, 128, 32)
+    other.save_pretrained(tmp_path / "n")
+    assert Pythia.from_pretrained(tmp_path / "n").block == 32
+    for bad in ("int8", torch.int64, "float31"):
+        with pytest.raises(ValueError, match="dtype"): Pythia.from_pretrained(tmp_path / "m", dtype=bad)
+    with pytest.raises(ValueError, match="hiden_dropout"): Pythia.from_pretrained(tmp_path / "m", hiden_dropout=0.1)
+
+
+class NamedPattern:
+    "Stands for a pattern: something with a text, that set_pattern understands."
+    def __init__(self, text): self.text = text
+    def __str__(self): return self.text
+    def __call__(self, q, k, v, **kwargs): return v
+
+def test_pattern_text(tmp_path, monkeypatch):
+    "A pattern is saved as its text and handed back to set_pattern; functions are not saved."
+    model = small()
+    model.set_pattern(NamedPattern("local(window=1)")).save_pretrained(tmp_path / "m")
+    assert json.loads((tmp_path / "m/config.json").read_text())["pythia_nb"]["pattern"] == "local(window=1)"
+    seen = []
+    monkeypatch.setattr(Pythia, "set_pattern", lambda self, pattern=None: seen.append(pattern))
+    Pythia.from_pretrained(tmp_path / "m")
+    Pythia.from_pretrained(tmp_path / "m", pattern="dense")
+    assert seen == ["local(window=1)", "dense"]
+    monkeypatch.undo()
+    for pattern in (None, lambda q, k, v, **kwargs: v, [None, lambda q, k, v, **kwargs: v]):
+        model.set_pattern(pattern).save_pretrained(tmp_path / "m")
+        assert "pattern" not in json.loads((tmp_path / "m/config.json").read_text())["pythia_nb"]
+
+
+def change_tensors(folder, change):
+    "Rewrite a folder's tensors."
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+def change_config(folder, **values):
+    "Rewrite fields of a folder's config.json."
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | values))
+
+NORM, QKV = "gpt_neox.final_layer_norm.weight", "gpt_neox.layers.0.attention.query_key_value.weight"
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: (f / "config.json").unlink(), ["config.json", "no "]),
+    (lambda f: (f / "config.json").write_text("{"), ["config.json", "read"]),
+    (lambda f: (f / "config.json").write_text("[]"), ["config.json", "object"]),
+    (lambda f: change_config(f, model_type="llama"), ["llama", "gpt_neox"]),
+    (lambda f: (f / "config.json").write_text('{"model_type": "gpt_neox"}'), ["vocab_size"]),
+    (lambda f: change_config(f, num_attention_heads=3), ["3 heads", "64"]),
+    (lambda f: (f / "model.safetensors").unlink(), ["no weights", "model.safetensors"]),
+    (lambda f: change_tensors(f, lambda t: t.pop(NORM)), ["lacks", "final_layer_norm.weight"]),
+    (lambda f: change_tensors(f, lambda t: t.update(extra=torch.zeros(1))), ["holds extra"]),
+    (lambda f: change_tensors(f, lambda t: t.update({QKV: torch.zeros(3, 3)})), [QKV[9:], "[3, 3]", "[192, 64]"]),
+    (lambda f: change_tensors(f, lambda t: t.update({NORM: torch.zeros(64).long()})), [NORM[9:], "int64"]),
+    (lambda f: change_tensors(f, lambda t: t.update({"lm_head.weight": torch.zeros(97, 64)})), ["embed_out", "twice"]),
+    (lambda f: change_config(f, vocab_size=100), ["vocabulary", "100", "97 rows", "config.json"]),
+    (lambda f: change_config(f, num_hidden_layers=9), ["lacks", "layers.2", "more"]),
+    (lambda f: os.truncate(f / "model.safetensors", 5), ["model.safetensors", "truncated"]),
+    (lambda f: os.truncate(f / "model.safetensors", 500), ["model.safetensors", "truncated"]),
+    (lambda f: os.truncate(f / "model.safetensors", 50_000), ["model.safetensors", "truncated", "50,000"]),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b"no header at all" * 9), ["makes no sense"]),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\x0a" + bytes(7) + b'{"a":"bc"}'), ["makes no sense"]),
+])
+def test_damaged_folders(tmp_path, damage, words):
+    "One sentence that names the file or the tensor."
+    folder = small().save_pretrained(tmp_path / "m")
+    damage(folder)
+    with pytest.raises((ValueError, OSError)) as e: Pythia.from_pretrained(folder)
+    assert "\n" not in str(e.value) and all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_damaged_shards_and_bins(tmp_path):
+    "A missing shard, a shard without its tensor, a truncated .bin, a .bin that would run code."
+    folder = small().save_pretrained(tmp_path / "m", max_shard_size="150KB")
+    shard = sorted(folder.glob("model-*"))[1]
+    tensors = load_file(shard)
+    name = tensors.popitem()[0]
+    save_file(tensors, shard)
+    with pytest.raises(ValueError, match=f"{re.escape(name)}.*{shard.name}"): Pythia.from_pretrained(folder)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name): Pythia.from_pretrained(folder)
+    folder = save_bin(small(), tmp_path / "bin")
+    for size in (0, 1000, 200_000):
+        os.truncate(folder / "pytorch_model.bin", size)
+        with pytest.raises(ValueError, match="pytorch_model.bin is truncated"): Pythia.from_pretrained(folder)
+    torch.save({"x": Path("an object")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no file of tensors"): Pythia.from_pretrained(folder)
+
+
+def test_names_that_lead_nowhere(tmp_path, monkeypatch):
+    "No folder, a file, no huggingface_hub, no network."
+    with pytest.raises(FileNotFoundError, match="no folder"): Pythia.from_pretrained(tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"): Pythia.from_pretrained(tmp_path / "file")
+    class Hub:
+        calls = []
+        @staticmethod
+        def snapshot_download(name, revision=None, allow_patterns=None):
+            Hub.calls.append((name, revision))
+            raise ConnectionError("no route\nto host")
+    monkeypatch.setattr(importlib, "import_module", lambda name: Hub)
+    with pytest.raises(OSError, match="EleutherAI/pythia-70m.*step3000.*no route to host") as e:
+        Pythia.from_pretrained("EleutherAI/pythia-70m", revision="step3000")
+    assert "\n" not in str(e.value) and Hub.calls == [("EleutherAI/pythia-70m", "step3000")]
+    def missing(name): raise ImportError(name)
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(ImportError, match="pip install"): Pythia.from_pretrained("EleutherAI/pythia-70m")
+
+
+def test_hub_folder(tmp_path, monkeypatch):
+    "A name on the Hub is fetched: safetensors first, .bin if there are none."
+    model, asked = small(), []
+    save_bin(model, tmp_path / "bin")
+    model.save_pretrained(tmp_path / "safe")
+    class Hub:
+        @staticmethod
+        def snapshot_download(name, revision=None, allow_patterns=None):
+            asked.append((revision, "*.bin" in allow_patterns))
+            return tmp_path / name.split("/")[1]
+    monkeypatch.setattr(importlib, "import_module", lambda name: Hub)
+    assert same_logits(model, Pythia.from_pretrained("x/safe", revision="step3000")) and asked == [("step3000", False)]
+    assert same_logits(model, Pythia.from_pretrained("x/bin", "step1"))
+    assert asked[1:] == [("step1", False), ("step1", True)]
+
+
+def content(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
+
+@pytest.mark.parametrize("old_size, new_size", [("5GB", "5GB"), ("150KB", "5GB"), ("5GB", "150KB"), ("150KB", "120KB")])
+def test_overwriting_is_safe(tmp_path, monkeypatch, old_size, new_size):
+    "Interrupted at any renaming, a folder is the old model, the new one, or without config.json; never a mixture."
+    old, new = small(), small(rotary_pct=1.0)
+    with torch.no_grad(): new.embed_in.weight.mul_(2.0)
+    real, outcomes = os.replace, set()
+    for stop in range(40):
+        folder = tmp_path / f"m{stop}"
+        old.save_pretrained(folder, max_shard_size=old_size)
+        (folder / "tokenizer.json").write_text("mine")
+        calls = []
+        def replace_or_die(a, b):
+            if len(calls) == stop: raise KeyboardInterrupt
+            calls.append(b)
+            real(a, b)
+        monkeypatch.setattr(os, "replace", replace_or_die)
+        try:
+            new.save_pretrained(folder, max_shard_size=new_size)
+            done = True
+        except KeyboardInterrupt: done = False
+        monkeypatch.setattr(os, "replace", real)
+        assert (folder / "tokenizer.json").read_text() == "mine" and not list(tmp_path.glob(".*"))
+        try: loaded = Pythia.from_pretrained(folder)
+        except FileNotFoundError as e:
+            assert "config.json" in str(e)
+            outcomes.add("refused")
+        else: outcomes.add("new" if same_logits(loaded, new) else "old" if same_logits(loaded, old) else "mixture")
+        if done: break
+    assert done and outcomes == {"old", "refused", "new"}
+    fresh = new.save_pretrained(tmp_path / "fresh", max_shard_size=new_size)
+    assert content(folder) == content(fresh) | {"tokenizer.json": b"mine"}
+
+
+def test_failures_leave_the_old_save(tmp_path, monkeypatch):
+    "A full disk while writing, a file in the way, a folder that cannot be written, a size that is none."
+    folder = small().save_pretrained(tmp_path / "m")
+    before = content(folder)
+    def full(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setitem(Pythia.save_pretrained.__globals__, "save_file", full)
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space left"): small(rotary_pct=1.0).save_pretrained(target)
+    monkeypatch.undo()
+    assert content(folder) == before and [p.name for p in tmp_path.iterdir()] == ["m"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file of that name"): small().save_pretrained(tmp_path / "file")
+    with pytest.raises(OSError, match="choose a folder"): small().save_pretrained(tmp_path / "file/inside")
+    with pytest.raises(OSError, match="choose a folder"): small().save_pretrained("/proc/nowhere/model")
+    for size in ("5 apples", -1, 0, "", True):
+        with pytest.raises(ValueError, match="size"): small().save_pretrained(tmp_path / "x", max_shard_size=size)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_copy_in_memory(tmp_path):
+    "Highest memory while loading 120 MB is below 1.3 copies, whatever the form; through a dictionary it is not."
+    model = Pythia(PythiaConfig(vocab_size=20_000, hidden_size=640, num_layers=2, num_heads=8))
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20MB")
+    save_bin(model, tmp_path / "bin")
+    small().save_pretrained(tmp_path / "small")
+    cases = [("plain", "one", None), ("one", "one", None), ("shards", "shards", None), ("bin", "bin", None),
+             ("bf16", "one", "bfloat16")]
+    peaks = measure_peaks(tmp_path / "small", [(name, str(tmp_path / folder), dtype) for name, folder, dtype in cases])
+    assert peaks["one"][1] > 120e6 and peaks["plain"][0] > 1.7 * peaks["plain"][1]
+    for name in ("one", "shards", "bin", "bf16"): assert peaks[name][0] < 1.3 * peaks[name][1], (name, peaks[name])
