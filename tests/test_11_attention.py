@@ -1,0 +1,181 @@
+"Tests of 11_attention. Generated from nbs/11_attention.ipynb: edit that, then run pythia_book build."
+import math
+import pytest
+import statistics
+import subprocess
+import sys
+import time
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from pythia_nb import patterns as P
+from pythia_nb.attention import attention_backward, attention_forward, block_sparse_attention, pieces
+from pythia_nb.layout import BlockLayout
+from pythia_nb.reference import check_attention
+
+
+@settings(max_examples=60, deadline=None)
+@given(B=st.integers(1, 3), H=st.sampled_from([1, 4]), per_head=st.booleans(), L=st.integers(1, 200), budget=st.integers(1, 200_000))
+def test_pieces_cover_every_block_once(B, H, per_head, L, budget):
+    pattern = P.per_head([P.local(h + 1) | P.strided(3) for h in range(H)]) if per_head else P.bigbird(2, 1, 1)
+    layout = pattern.layout(L, block=16)
+    seen = torch.zeros(B, H, layout.nQ, layout.nK, dtype=torch.int32)
+    for b, h, rows, cols, full in pieces(layout, B, H, 8, budget):
+        for r, c in zip(rows, cols): seen[b, h, r, c] += 1
+    assert torch.equal(seen, (layout.codes() > 0).int().expand(B, H, -1, -1))
+
+
+def with_lse(q, k, v, layout, **kw):
+    "The call under test in the form that the judge takes"
+    return block_sparse_attention(q, k, v, layout, return_lse=True, **kw)
+
+def random_problem(L, S, block, causal, heads, documents, lengths, extreme, strided, dtype, D=16, B=2, H=3):
+    "Tensors, layout and keyword arguments of a random attention problem"
+    start = S - L if causal else 0
+    nQ = -(-(start + L) // block) - start // block
+    layout = BlockLayout.from_block_mask(torch.rand(H if heads else 1, nQ, -(-S // block)) < 0.6, block, causal, L, S)
+    def make(n): return torch.randn(B, n, H, D).transpose(1, 2) if strided else torch.randn(B, H, n, D)
+    q, k, v = make(L), make(S), make(S)
+    if extreme: q = q * 20 - 100    # the scores of a row reach into the hundreds, most of them negative
+    kw = {}
+    if documents: kw["segment_ids"] = tuple(torch.randint(0, 2, (B, n)) for n in (L, S))
+    if lengths: kw["kv_lengths"] = torch.randint(0, S + 1, (B,))
+    return [t.to(dtype) for t in (q, k, v)], layout, kw
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@settings(max_examples=60, deadline=None)
+@given(L=st.integers(1, 150), S=st.integers(1, 150), block=st.sampled_from([16, 32, 64]), causal=st.booleans(), heads=st.booleans(),
+       documents=st.booleans(), lengths=st.booleans(), extreme=st.booleans(), strided=st.booleans(), seed=st.integers(0, 10**6))
+def test_forward_and_gradients_within_budget(dtype, seed, **about):
+    torch.manual_seed(seed)
+    tensors, layout, kw = random_problem(**about, dtype=dtype)
+    check_attention(with_lse, *tensors, layout, **kw)
+
+
+@pytest.mark.parametrize("D", [32, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_dims_and_named_patterns(D, dtype):
+    for pattern in (P.dense(), P.bigbird(2, 1, 2), P.per_head([P.local(2), P.strided(3)]),
+                    P.local(2) & P.document(torch.repeat_interleave(torch.tensor([100, 57])))):
+        q, k, v = torch.randn(3, 2, 2, 157, D).to(dtype)
+        check_attention(with_lse, q, k, v, pattern.layout(157, block=32))
+
+
+def test_gradcheck_in_double_precision():
+    torch.manual_seed(0)
+    for causal, L, S in [(True, 20, 37), (False, 33, 20)]:
+        tensors, layout, kw = random_problem(L, S, 16, causal, True, False, True, False, False, torch.float64, D=4, B=1, H=2)
+        tensors = [t.requires_grad_() for t in tensors]
+        def finite(q, k, v):
+            o, lse = with_lse(q, k, v, layout, **kw)
+            return o, lse.masked_fill(lse == -math.inf, 0)
+        assert torch.autograd.gradcheck(finite, tensors)
+
+
+def test_long_sequences_do_not_need_quadratic_memory():
+    # All pairs of 65,536 tokens are 4.3e9 scores, 16 GiB in fp32. The process may grow by 1/20 of that.
+    script = """
+import resource, torch
+from pythia_nb import patterns as P
+from pythia_nb.attention import block_sparse_attention
+q, k, v = (torch.randn(1, 1, 65536, 32, requires_grad=True) for _ in range(3))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+block_sparse_attention(q, k, v, P.bigbird().layout(65536)).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.8, f"{done.stdout} GiB"
+
+
+def test_two_runs_give_the_same_bits():
+    tensors, layout, kw = random_problem(150, 150, 16, True, False, True, True, False, True, torch.float32)
+    def run():
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        o, lse = with_lse(*leaves, layout, **kw)
+        return [o, lse, *torch.autograd.grad(o.sum(), leaves)]
+    first = run()
+    for _ in range(5): assert all(torch.equal(a, b) for a, b in zip(first, run()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    tensors, layout, kw = random_problem(70, 90, 16, True, True, True, True, False, True, dtype)
+    ids = kw["segment_ids"]
+    arrays = (layout.row_ptr, layout.row_cols, layout.row_full, layout.col_ptr, layout.col_rows, layout.col_full)
+    rest = (None, *ids, kw["kv_lengths"], layout.block, layout.causal, layout.q_start, 0.25, "torch")
+    torch.library.opcheck(attention_forward, (*[t.requires_grad_() for t in tensors], *arrays, *rest))
+    q, k, v = (t.detach() for t in tensors)
+    o, lse = attention_forward(q, k, v, *arrays, *rest)
+    torch.library.opcheck(attention_backward, (torch.randn_like(o), torch.randn_like(lse), q, k, v, o, lse, *arrays, *rest))
+
+
+def test_compiles_without_graph_breaks():
+    layout = P.bigbird(2, 1, 1).layout(100, block=16)
+    def f(q, k, v, layout):
+        o, lse = block_sparse_attention(q * 2, k, v, layout, return_lse=True)
+        return (o.relu().sum() + lse.sum())
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    leaves = [torch.randn(1, 2, 100, 16, requires_grad=True) for _ in range(3)]
+    loss = f(*leaves, layout)
+    expected = torch.autograd.grad(loss, leaves)
+    again = compiled(*leaves, layout)
+    torch.testing.assert_close(again, loss)
+    torch.testing.assert_close(torch.autograd.grad(again, leaves), expected)
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor_and_for_new_lengths():
+    compiled = torch.compile(lambda q, k, v, layout: block_sparse_attention(q.sin(), k, v, layout).cos(), fullgraph=True)
+    torch._dynamo.reset()
+    for length in (64, 96, 130, 200, 75, 333):
+        q, k, v = torch.randn(3, 1, 2, length, 16)
+        layout = P.local(2).layout(length, block=16)
+        torch.testing.assert_close(compiled(q, k, v, layout), block_sparse_attention(q.sin(), k, v, layout).cos())
+
+
+def test_autocast_and_mixed_gradients():
+    layout = P.local(2).layout(64, block=16)
+    q, k, v = (torch.randn(1, 1, 64, 16, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16): o = block_sparse_attention(q, k, v, layout)
+    assert o.dtype == torch.bfloat16
+    o.sum().backward()
+    assert q.grad.dtype == torch.float32
+    frozen = block_sparse_attention(q.detach(), k, v.detach(), layout)
+    assert torch.autograd.grad(frozen.sum(), k)[0].shape == k.shape
+
+
+def time_call(fn, repeat=7):
+    "Median time of a call in milliseconds, after one that does not count"
+    fn()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        fn()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+SPEED_PATTERNS = {"local": P.local(4), "bigbird": P.bigbird(2, 1, 1), "strided": P.local(2) | P.strided(32)}
+
+def measure_speed(lengths, repeat=5):
+    "Causal SDPA and block-sparse attention, forward and with backward, in milliseconds; a list of rows"
+    rows = []
+    for L in lengths:
+        q, k, v = (torch.randn(1, 8, L, 64, requires_grad=True) for _ in range(3))
+        def both(attention):
+            with torch.no_grad(): forward = time_call(attention, repeat)
+            return dict(forward_ms=forward, training_ms=time_call(lambda: torch.autograd.grad(attention().sum(), (q, k, v)), max(1, repeat - 2)))
+        rows.append(dict(name="causal SDPA", L=L, density=1.0, **both(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))))
+        for name, pattern in SPEED_PATTERNS.items():
+            layout = pattern.layout(L, block=64)
+            rows.append(dict(name=name, L=L, density=layout.density, **both(lambda: block_sparse_attention(q, k, v, layout, backend="torch"))))
+    return rows
+
+def test_twice_as_fast_as_sdpa_at_six_percent():
+    q, k, v = torch.randn(3, 1, 8, 8192, 64)
+    layout = P.local(4).layout(8192, block=64)
+    assert 0.055 < layout.density < 0.065
+    with torch.no_grad():
+        dense = time_call(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), 3)
+        sparse = time_call(lambda: block_sparse_attention(q, k, v, layout, backend="torch"), 3)
+    assert dense > 2 * sparse, f"dense {dense:.0f} ms, sparse {sparse:.0f} ms"
