@@ -1,0 +1,85 @@
+"Tests of 22_book. Generated from nbs/22_book.ipynb: edit that, then run pythia_book build."
+import json
+import pytest
+from execnb.nbio import mk_cell, nb2str, new_nb
+from nbdev.process import NBProcessor
+from pythia_nb.book import (
+    AREA, BookError, TRAIN, copied, demo_notebook, free_names, pytest_files, readme_cell, small_book, with_outputs,
+)
+
+
+def test_generated_tests_compile_and_are_complete(tmp_path):
+    book = small_book(tmp_path / "b")
+    text = pytest_files(book)["tests/test_00_area.py"]
+    assert free_names(text) == set()
+    assert "@pytest.mark.slow\ndef test_slow" in text and "#|" not in text
+    assert text.index("def test_circle") < text.index("def test_slow")
+
+
+def test_undefined_name_in_a_test_cell(tmp_path):
+    book = small_book(tmp_path / "b", **{"00_area": AREA + ["#| test\ndef test_bad(): assert radius == 1"]})
+    with pytest.raises(BookError, match=r"00_area.ipynb, cell 14 \(c13\): the name radius"): pytest_files(book)
+
+
+def test_the_index_may_export_to_init(tmp_path):
+    cells = ["# T\n\n> t.", "#| default_exp __init__", "#| exporti\ndef f(): return 1",
+             "#| test\ndef test_f(): assert f() == 1"]
+    book = small_book(tmp_path / "b", index=cells)
+    assert "from tiny import f\n" in pytest_files(book)["tests/test_index.py"]
+
+
+def test_export_that_goes_nowhere(tmp_path):
+    book = small_book(tmp_path / "b", **{"00_area": ["# T\n\n> t.", "#| export\nx = 1"]})
+    with pytest.raises(BookError, match="nbdev_export warns:(.|\n)*00_area.ipynb"): copied(book, tmp_path / "c")
+
+
+def test_module_is_imported_for_its_patches(tmp_path):
+    book = small_book(tmp_path / "b", **{"01_train": TRAIN[:4] + ["#| test\ndef test_it(): assert circle(0) == 0"]})
+    assert "import tiny.train\nfrom tiny.area import circle" in pytest_files(book)["tests/test_01_train.py"]
+
+
+def test_demo_imports_keeps_flags_and_order(tmp_path):
+    cells = json.loads(demo_notebook(small_book(tmp_path / "b")))["cells"]
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    assert sources[1] == "import tiny.train\nfrom tiny.area import circle"
+    assert sources[2:] == ["area = circle(1.0)\narea", "#| slow\nlosses = [circle(r) for r in (3, 2, 1)]"]
+    assert len({c["id"] for c in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("cell, message", [
+    ("#| demo\nprint(losses)", "it uses losses, which only a demo cell marked slow defines"),
+    ("#| demo\nprint(nowhere)", "the name nowhere is neither")])
+def test_demo_refuses(tmp_path, cell, message):
+    book = small_book(tmp_path / "b", **{"01_train": [*TRAIN, cell]})
+    with pytest.raises(BookError, match=message): demo_notebook(book)
+
+
+def test_demo_outputs_follow_their_source():
+    old = new_nb([mk_cell("a", id="1"), mk_cell("b", id="2")])
+    old.cells[0].outputs = [{"output_type": "stream", "name": "stdout", "text": ["A"]}]
+    nb = with_outputs(new_nb([mk_cell("b", id="3"), mk_cell("a", id="4"), mk_cell("a", id="5")]), nb2str(old))
+    assert [bool(c.outputs) for c in nb.cells] == [False, True, False]
+
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def code_cell(source, *outputs):
+    cell = NBProcessor(nb=new_nb([mk_cell(source, id="x1")]), rm_directives=False).nb.cells[0]
+    cell.outputs = outputs
+    return cell
+
+
+def test_readme_of_outputs(tmp_path):
+    book = small_book(tmp_path / "b")
+    table = {"output_type": "display_data", "data": {"text/markdown": ["| a |\n", "|---|\n"], "text/plain": "x"}}
+    picture = {"output_type": "display_data", "data": {"image/png": PIXEL, "text/plain": "x"}}
+    stream = {"output_type": "stream", "name": "stdout", "text": ["\x1b[31mred\x1b[0m\n"]}
+    cell = code_cell("#| fig-alt: \"A dot\"\nshow()", table, picture, stream)
+    parts, files = readme_cell(cell, book)
+    dot = "![A dot](nbs/assets/readme-x1-1.png)"
+    assert parts == ["```python\nshow()\n```", "| a |\n|---|\n", dot, "```text\nred\n```"]
+    assert files["nbs/assets/readme-x1-1.png"].startswith(b"\x89PNG")
+    assert readme_cell(code_cell("#| echo: false\nshow()", stream), book) == (["```text\nred\n```"], {})
+    assert readme_cell(code_cell("#| output: false\nshow()", stream), book) == (["```python\nshow()\n```"], {})
+    assert readme_cell(code_cell("#| hide\nshow()", stream), book) == ([], {})
