@@ -10,18 +10,19 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 # A .venv of an older Python, or one that was copied here from another folder, is made anew
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
-USABLE := $(shell $(BIN)/python $(NEW_ENOUGH) 2>/dev/null && head -n 2 $(BIN)/pip | grep -qF '$(CURDIR)/$(V)/' && echo yes)
+USABLE := $(shell $(BIN)/python $(NEW_ENOUGH) 2>/dev/null && head -n 2 $(BIN)/pip 2>/dev/null | grep -qF '$(CURDIR)/$(V)/' && echo yes)
 ifneq ($(USABLE),yes)
-$(shell rm -f $(V)/.made $(V)/.torch $(V)/.core $(V)/.dev)
+$(shell rm -f $(V)/.made $(V)/.torch $(V)/.core $(V)/.dev $(V)/.gpu)
 endif
 
-.PHONY: help quickstart test build docs
+.PHONY: help quickstart test gpu-test build docs
 .NOTPARALLEL:
 
 help:
 	@echo 'make quickstart  install what is needed, then train a dense and a sparse model on real text'
 	@echo '                 (options: make quickstart ARGS="--steps 100 --pattern bigbird")'
 	@echo 'make test        install the dev extra, then check the book and run its tests'
+	@echo 'make gpu-test    the tests that need an NVIDIA GPU'
 	@echo 'make build       make the package, the tests, the demo and the README from the notebooks'
 	@echo 'make docs        render the docs site, where Quarto is installed'
 
@@ -32,6 +33,9 @@ test: $(V)/.dev
 	@$(BIN)/pythia_book check
 	@$(BIN)/pythia_book test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4
+
+gpu-test: $(V)/.gpu
+	@$(BIN)/python -m pytest -m cuda
 
 build: $(V)/.dev
 	@$(BIN)/pythia_book build
@@ -62,4 +66,9 @@ $(V)/.core: $(V)/.torch settings.ini setup.py pyproject.toml
 $(V)/.dev: $(V)/.core
 	@echo "installing what the book's tests need"
 	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(V)/.gpu: $(V)/.dev
+	@echo "installing CuPy"
+	@$(PIP) --no-build-isolation --editable '.[dev,cuda]'
 	@touch $@

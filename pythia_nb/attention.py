@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['BUDGET', 'BACKENDS', 'Piece', 'pieces', 'to_blocks', 'from_blocks', 'hide_pairs', 'Blocked', 'cut', 'gather',
-           'piece_scores', 'torch_forward', 'torch_backward', 'choose_backend', 'as_layout', 'pair_or_none',
-           'attention_forward', 'attention_backward', 'save_for_backward', 'differentiate', 'check_inputs',
-           'check_masks', 'block_sparse_attention']
+           'piece_scores', 'torch_forward', 'torch_backward', 'warn_once', 'choose_backend', 'as_layout',
+           'pair_or_none', 'attention_forward', 'attention_backward', 'save_for_backward', 'differentiate',
+           'no_second_derivative', 'check_inputs', 'check_masks', 'block_sparse_attention']
 
 # %% ../nbs/11_attention.ipynb #1a8724e6
+import functools
 import math
+import operator
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
@@ -17,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cuda_backward import cuda_backward
+from .cuda_forward import cuda_forward, why_no_cuda
 from .layout import BlockLayout
 from .reference import head_slices, split_segments
 
@@ -46,8 +51,8 @@ def pieces(
             rows = (length == m).nonzero().flatten()
             row_size = m * layout.block * (layout.block + 2 * D)    # scores, keys and values of one head's row
             fit = max(1, budget // row_size)
-            h_step = min(fit, heads.stop - heads.start)
-            b_step = min(max(1, fit // h_step), B)
+            h_step = max(1, min(fit, heads.stop - heads.start))
+            b_step = max(1, min(fit // h_step, B))
             for part in rows.split(max(1, fit // (h_step * b_step))):
                 at = ptr[part][:, None] + torch.arange(m, device=ptr.device)
                 for h in range(heads.start, heads.stop, h_step):
@@ -88,7 +93,7 @@ def hide_pairs(
         hidden = k >= layout.S
         if layout.causal: hidden = hidden | (k > q)
         if layout.segment_ids is not None:
-            ids, last = layout.segment_ids, layout.S - 1
+            ids, last = layout.segment_ids, len(layout.segment_ids) - 1
             hidden = hidden | (ids[q.clamp(0, last)] != ids[k.clamp(max=last)])
         blocks = s.unflatten(-1, (-1, layout.block)).transpose(3, 4)    # [b, h, g, m, N, N]
         blocks[:, :, g, m] = blocks[:, :, g, m].masked_fill(hidden, -math.inf)
@@ -182,16 +187,26 @@ def torch_backward(
                  for t, d, before in ((q, dq, x.before), (k, dk, 0), (v, dv, 0)))
 
 # %% ../nbs/11_attention.ipynb #c55d0192
-BACKENDS = {"torch": (torch_forward, torch_backward)}    # name -> (forward, backward)
+BACKENDS = {"torch": (torch_forward, torch_backward), "cuda": (cuda_forward, cuda_backward)}    # name -> (forward, backward)
+
+@functools.cache
+def warn_once(reason: str):
+    "Warn, but only once for each reason"
+    warnings.warn(f"block-sparse attention falls back to its PyTorch backend, which is slow on a GPU: {reason}", stacklevel=3)
 
 def choose_backend(
     backend: str,    # "auto", or a name in BACKENDS
+    q: Tensor,       # queries [B, H, L, D]
 ) -> str:
-    "The name of the backend to use; raises ValueError with one sentence for an unknown one"
-    if backend == "auto": return "torch"
-    if backend not in BACKENDS:
+    "The name of the backend to use; raises ValueError with one sentence for an unknown or unusable one"
+    if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend {backend!r} is not one of {', '.join(['auto', *BACKENDS])}; leave it at auto to have one chosen")
-    return backend
+    if backend == "torch": return backend
+    reason = why_no_cuda(q.device, q.dtype, operator.index(q.shape[-1]))
+    if not reason: return "cuda"
+    if backend == "cuda": raise ValueError(f"backend 'cuda' can't be used: {reason}; use backend='torch', or 'auto' to have one chosen")
+    if q.device.type == "cuda": warn_once(reason)
+    return "torch"
 
 # %% ../nbs/11_attention.ipynb #63a2ec1b
 def as_layout(L, S, block, causal, q_start, row_ptr, row_cols, row_full, col_ptr, col_rows, col_full, layout_ids) -> BlockLayout:
@@ -248,9 +263,17 @@ def save_for_backward(ctx, inputs, output):
 
 def differentiate(ctx, do, dlse):
     "Gradients of the forward operator's inputs"
+    # The gradient of an lse of -inf is often NaN (logaddexp's is), and a row that sees nothing has none to pass on.
+    dlse = dlse.masked_fill(ctx.saved_tensors[4] == -math.inf, 0)
     return *attention_backward(do, dlse, *ctx.saved_tensors, *ctx.numbers), *[None] * 15
 
 attention_forward.register_autograd(differentiate, setup_context=save_for_backward)
+
+def no_second_derivative(ctx, *gradients):
+    "Say that the gradients have no gradient of their own"
+    raise NotImplementedError("block_sparse_attention has no second derivative; use dense attention where you need one")
+
+attention_backward.register_autograd(no_second_derivative)
 
 # %% ../nbs/11_attention.ipynb #f6c6713f
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout):
@@ -278,8 +301,9 @@ def check_masks(q: Tensor, layout: BlockLayout, segments, kv_lengths: Tensor | N
     if segments is not None and [list(t.shape) for t in segments] not in ([[B, layout.L], [B, layout.S]], [[1, layout.L], [1, layout.S]]):
         raise ValueError(f"segment_ids are {[list(t.shape) for t in segments]} for queries and keys; "
                          f"give one id for each key, [{B}, {layout.S}]")
-    if kv_lengths is not None and list(kv_lengths.shape) != [B]:
-        raise ValueError(f"kv_lengths is {list(kv_lengths.shape)}; give the number of keys of each sequence, [{B}]")
+    if kv_lengths is not None and (not isinstance(kv_lengths, Tensor) or list(kv_lengths.shape) != [B]):
+        got = list(kv_lengths.shape) if isinstance(kv_lengths, Tensor) else f"a {type(kv_lengths).__name__}"
+        raise ValueError(f"kv_lengths is {got}; give a tensor with the number of keys of each sequence, [{B}]")
 
 # %% ../nbs/11_attention.ipynb #f1190cbc
 def block_sparse_attention(
@@ -291,7 +315,7 @@ def block_sparse_attention(
     segment_ids=None,                  # documents, int [B, S] (or a pair: of queries [B, L], of keys [B, S]); tokens see their own only
     kv_lengths: Tensor | None = None,  # keys that exist in each sequence, int [B]
     return_lse: bool = False,          # also return the natural-log row log-sum-exp
-    backend: str = "auto",             # "auto" or "torch"
+    backend: str = "auto",             # "auto", "torch" or "cuda"
 ):                                     # o like q; with return_lse (o, lse [B, H, L] fp32)
     "softmax(scale · q kᵀ + mask) v over the visible blocks, differentiable; a row that sees nothing gives zeros and lse -inf"
     if torch.is_autocast_enabled(q.device.type):
@@ -303,5 +327,5 @@ def block_sparse_attention(
     o, lse = attention_forward(
         q, k, v, layout.row_ptr, layout.row_cols, layout.row_full, layout.col_ptr, layout.col_rows, layout.col_full,
         layout.segment_ids, *(segments or (None, None)), kv_lengths, layout.block, layout.causal, layout.q_start,
-        q.shape[-1] ** -0.5 if scale is None else float(scale), choose_backend(backend))
+        q.shape[-1] ** -0.5 if scale is None else float(scale), choose_backend(backend, q))
     return (o, lse) if return_lse else o

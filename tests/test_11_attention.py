@@ -1,4 +1,5 @@
 "Tests of 11_attention. Generated from nbs/11_attention.ipynb: edit that, then run pythia_book build."
+import functools
 import math
 import pytest
 import statistics
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from pythia_nb import patterns as P
-from pythia_nb.attention import attention_backward, attention_forward, block_sparse_attention, pieces
+from pythia_nb.attention import (
+    attention_backward, attention_forward, block_sparse_attention, choose_backend, pieces, warn_once,
+)
 from pythia_nb.layout import BlockLayout
 from pythia_nb.reference import check_attention
 
@@ -134,6 +137,32 @@ def test_compiles_with_inductor_and_for_new_lengths():
         torch.testing.assert_close(compiled(q, k, v, layout), block_sparse_attention(q.sin(), k, v, layout).cos())
 
 
+def test_two_halves_joined_by_their_lse_are_the_whole():
+    tensors, left, right = torch.randn(3, 1, 2, 64, 16), P.strided(2), P.dense() - P.strided(2)
+    both = []
+    for parts in ([P.dense()], [left, right]):    # rows of the first block see nothing in the right half
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        results = [with_lse(*leaves, part.layout(64, block=16)) for part in parts]
+        lse = functools.reduce(torch.logaddexp, [lse for _, lse in results])
+        o = sum(o * (own - lse).exp()[..., None] for o, own in results)
+        both.append([o.detach(), *torch.autograd.grad(o.square().sum(), leaves)])
+    for a, b in zip(*both): torch.testing.assert_close(a, b)
+
+def test_a_second_derivative_gets_one_sentence():
+    q, k, v = (torch.randn(1, 1, 32, 8, requires_grad=True) for _ in range(3))
+    dq, = torch.autograd.grad(block_sparse_attention(q, k, v, P.local(2).layout(32, block=16)).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"): dq.sum().backward()
+
+def test_an_empty_batch_and_wrong_masks():
+    layout = P.local(2).layout(40, block=16)
+    q, k, v = torch.randn(3, 0, 2, 40, 8)
+    assert block_sparse_attention(q, k, v, layout).shape == q.shape
+    q, k, v = torch.randn(3, 2, 2, 40, 8)
+    for kw, message in [(dict(kv_lengths=[3, 4]), "kv_lengths is a list"), (dict(segment_ids=[0] * 40), "segment_ids is a list"),
+                        (dict(segment_ids=torch.zeros(3, 40)), "one id for each key")]:
+        with pytest.raises((ValueError, TypeError), match=message): block_sparse_attention(q, k, v, layout, **kw)
+
+
 def test_autocast_and_mixed_gradients():
     layout = P.local(2).layout(64, block=16)
     q, k, v = (torch.randn(1, 1, 64, 16, requires_grad=True) for _ in range(3))
@@ -143,6 +172,28 @@ def test_autocast_and_mixed_gradients():
     assert q.grad.dtype == torch.float32
     frozen = block_sparse_attention(q.detach(), k, v.detach(), layout)
     assert torch.autograd.grad(frozen.sum(), k)[0].shape == k.shape
+
+
+def test_the_cuda_backend_says_why_it_cannot_be_used():
+    layout = P.local(1).layout(32, block=16)
+    q = torch.randn(1, 1, 32, 16)
+    with pytest.raises(ValueError, match="the tensors are on cpu.*use backend='torch'"): block_sparse_attention(q, q, q, layout, backend="cuda")
+
+
+@pytest.mark.cuda
+def test_the_cuda_backend_is_chosen_and_is_a_citizen():
+    layout = P.per_head([P.bigbird(1, 1, 1), P.strided(2)]).layout(100, block=32).to("cuda")
+    q, k, v = (torch.randn(2, 2, 100, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    check_attention(with_lse, q, k, v, layout)
+    assert choose_backend("auto", q) == "cuda" and choose_backend("auto", q[..., :63]) == "torch"
+    arrays = (layout.row_ptr, layout.row_cols, layout.row_full, layout.col_ptr, layout.col_rows, layout.col_full)
+    rest = (None, None, None, None, layout.block, layout.causal, layout.q_start, 0.125, "cuda")
+    torch.library.opcheck(attention_forward, (*(t.clone().requires_grad_() for t in (q, k, v)), *arrays, *rest))
+    compiled = torch.compile(lambda q, k, v: block_sparse_attention(q * 2, k, v, layout), fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), block_sparse_attention(q * 2, k, v, layout))
+    with pytest.warns(UserWarning, match="falls back"):
+        warn_once.cache_clear()
+        block_sparse_attention(q.float(), k.float(), v.float(), layout)
 
 
 def time_call(fn, repeat=7):
