@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from .weights import replacing
+
 try:
     from execnb.nbio import mk_cell, nb2str, new_nb
     from fastcore.foundation import Config
@@ -132,16 +134,7 @@ def write_whole(
     data,  # str or bytes
 ):
     "Write `data` to `path` in one step"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with open(new, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(new, path)
-    finally: new.unlink(missing_ok=True)
+    with replacing(path) as new: new.write_bytes(data.encode() if isinstance(data, str) else data)
 
 # %% ../nbs/22_book.ipynb #c369c1e6
 def cleaned(
@@ -412,8 +405,8 @@ def demo_imports(
 # %% ../nbs/22_book.ipynb #7b881e49
 def demo_cell(
     source,
-    kind="code",  # or "markdown"
-    used=None,  # ids that are taken
+    kind,  # "code" or "markdown"
+    used,  # ids that are taken; the new one is added
 ) -> dict:
     "A notebook cell whose id follows from its source"
     text = f"{kind}\n{source}"

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .book import (
-    Book, BookError, body, build, clean_env, cleaned, copied, differences, find_book, import_nodes, is_exported,
-    made_files, read_chapter, run_python, unclean, write_whole)
+    Book, BookError, body, build, clean_env, cleaned, copied, differences, find_book, is_exported, made_files,
+    read_chapter, run_python, unclean, write_whole)
 
 try:
     import nbformat

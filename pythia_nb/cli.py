@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['quickstart_parser', 'pick_device', 'check_out', 'check_options', 'model_config', 'train_config', 'Prepared',
            'prepare', 'build_models', 'agreement', 'pattern_pictures', 'train_models', 'loss_curves', 'median',
-           'compare', 'comparison_table', 'default_prompt', 'continuations', 'save_models', 'save_text', 'save_report',
-           'run_quickstart', 'save_figure', 'as_command', 'quickstart', 'generate_parser', 'run_generate', 'generate']
+           'compare', 'comparison_table', 'default_prompt', 'room_for_text', 'check_text', 'continuations',
+           'save_models', 'save_text', 'save_report', 'run_quickstart', 'save_figure', 'as_command', 'quickstart',
+           'generate_parser', 'run_generate', 'generate']
 
 # %% ../nbs/21_cli.ipynb #ed9d06e1
 import argparse
@@ -22,13 +23,13 @@ import torch
 
 from . import patterns as P
 from .config import PythiaConfig, Table
-from .data import Corpus, TokenView, read_corpus, split, tokenize, train_tokenizer
-from .generate import Tokenizer, generate_text, replacing, stream
+from .data import Batches, Corpus, TokenView, read_corpus, split, tokenize, train_tokenizer
+from .generate import Tokenizer, generate_text, stream
 from .layout import check_block
 from .model import Pythia
-from .sparse_model import parse_layers, report_table
+from .sparse_model import report_table
 from .train import TrainConfig, plot_history, train
-from .weights import fetch
+from .weights import fetch, replacing
 
 # %% ../nbs/21_cli.ipynb #0dfca28c
 def quickstart_parser() -> argparse.ArgumentParser:
@@ -93,7 +94,8 @@ def model_config(args: argparse.Namespace) -> PythiaConfig:
 def train_config(args: argparse.Namespace, out) -> TrainConfig:
     "The training run that the options describe"
     every = max(1, args.steps // 6)
-    return TrainConfig(steps=args.steps, batch_size=args.batch_size, seq_len=args.seq_len, lr=args.lr, warmup=0.1, seed=args.seed,
+    dtype = "bfloat16" if pick_device(args.device).type == "cuda" else "float32"    # the CUDA kernels take 16-bit numbers
+    return TrainConfig(steps=args.steps, batch_size=args.batch_size, seq_len=args.seq_len, lr=args.lr, warmup=0.1, seed=args.seed, dtype=dtype,
                        eval_every=every, eval_batches=8, out=None if out is None else str(out), save_every=args.steps, keep=1)
 
 # %% ../nbs/21_cli.ipynb #138a2bc3
@@ -138,16 +140,18 @@ def pattern_pictures(
     args: argparse.Namespace,
     model: Pythia,               # the sparse model
 ):                               # matplotlib figure
-    "Pictures of local, global (strided) and mixed, and of the model's own pattern as a layout with its partial blocks"
+    "Pictures of local, global (strided) and mixed, and of the model's first sparse layer as a layout with its partial blocks"
     import matplotlib.pyplot as plt    # a run on a server may only need the table
     fig, axes = plt.subplots(1, 4, figsize=(13, 3.8), layout="constrained")
     for pattern, ax in zip((P.local(), P.strided(), P.mixed()), axes): pattern.show(n=12, axes=ax)
-    sparse = [layer.attention.attend for layer in model.layers if hasattr(layer.attention.attend, "pattern")]
-    if sparse:
-        layout = sparse[0].layout(args.seq_len, args.seq_len)
-        layout.show([axes[3]] if layout.heads == 1 else [axes[3]] * layout.heads)
-        axes[3].set_title(f"the model's layout, {args.seq_len} tokens\ndensity {layout.density:.0%}", fontsize=9)
-    else: axes[3].set_axis_off()
+    attends = [layer.attention.attend for layer in model.layers]
+    first = next((n for n, attend in enumerate(attends) if hasattr(attend, "pattern")), None)
+    if first is None: axes[3].set_axis_off(); return fig
+    layout = attends[first].layout(args.seq_len, args.seq_len)
+    layout.show([axes[3]])    # of several heads only the first
+    own = "the model's layout" if len(set(map(id, attends))) == 1 else f"layout of layer {first}"
+    if layout.heads > 1: own += ", head 0"
+    axes[3].set_title(f"{own}, {args.seq_len} tokens\n{axes[3].get_title().splitlines()[-1]}", fontsize=9)
     return fig
 
 # %% ../nbs/21_cli.ipynb #9b825856
@@ -216,10 +220,20 @@ def default_prompt(prepared: Prepared, args: argparse.Namespace) -> str:
     if args.data is None: return "def __init__(self"
     return prepared.tokenizer.decode(prepared.validation[0:12].tolist())
 
+def room_for_text(prepared: Prepared, args: argparse.Namespace) -> int:
+    "Tokens that the prompt leaves free in the context; raises ValueError if there are none"
+    used, context = len(prepared.tokenizer.encode(default_prompt(prepared, args))), model_config(args).max_position_embeddings
+    if used >= context: raise ValueError(f"the prompt has {used:,} tokens and the model's context is {context:,}; shorten --prompt")
+    return context - used
+
+def check_text(prepared: Prepared, args: argparse.Namespace):
+    "Raise one clear sentence if the text is too short for a sample, or the prompt too long for the model"
+    for part in (prepared.train, prepared.validation): Batches(part, args.seq_len, args.batch_size)
+    room_for_text(prepared, args)
+
 def continuations(models, prepared, args, max_new_tokens: int = 120) -> dict[str, str]:
     "A continuation of the prompt by each model"
-    prompt = default_prompt(prepared, args)
-    room = model_config(args).max_position_embeddings - len(prepared.tokenizer.encode(prompt))
+    prompt, room = default_prompt(prepared, args), room_for_text(prepared, args)
     return {name: prompt + generate_text(model.eval(), prepared.tokenizer, prompt, min(max_new_tokens, room), temperature=0.7, top_k=40, seed=args.seed)
             for name, model in models.items()}
 
@@ -251,6 +265,7 @@ def run_quickstart(args: argparse.Namespace):
     out = check_out(args.out)
     print("1/5  text and tokenizer", flush=True)
     prepared = prepare(args)
+    check_text(prepared, args)
     print(f"     {prepared.corpus!r}, {len(prepared.train) + len(prepared.validation):,} tokens of {prepared.tokenizer.vocab_size:,} ids")
     models = build_models(args)
     print(f"2/5  two models of {models['dense'].num_parameters():,} parameters, one dense, one with {models['sparse'].pattern!r}", flush=True)

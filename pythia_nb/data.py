@@ -13,8 +13,10 @@ import json
 import os
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
-from .generate import END_OF_TEXT, Tokenizer, replacing
+from .generate import END_OF_TEXT, Tokenizer
+from .weights import replacing
 
 # %% ../nbs/14_data.ipynb #5a079553
 @dataclass(frozen=True)
@@ -82,8 +85,7 @@ def read_corpus(
                                 f"with text")
     if root.is_file(): paths, root = [root], root.parent
     else:
-        paths = [p for p in root.rglob("*") if p.suffix.lower() in extensions and p.is_file()
-                 and not any(part.startswith(".") for part in p.relative_to(root).parts)]
+        paths = [p for p in _visible_files(root) if p.suffix.lower() in extensions and p.is_file()]
         if not paths:
             raise ValueError(f"no text in the folder {root}: it has no file that ends in {' '.join(extensions[:4])} "
                              f"… ({len(extensions)} endings)")
@@ -92,6 +94,13 @@ def read_corpus(
     return Corpus(texts, names, str(path))
 
 # %% ../nbs/14_data.ipynb #00e42122
+def _visible_files(root:Path) -> Iterator[Path]:
+    "All files below a folder that are not hidden; a folder that can't be read is an error, not an empty one"
+    def stop(e): raise OSError(f"cannot read the folder {e.filename}: {e.strerror}") from None
+    for folder, folders, names in os.walk(root, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(folder)/name for name in names if not name.startswith("."))
+
 def _read_all(root:Path, paths:list[Path]) -> tuple[list[str], list[str]]:
     "Texts and names of all documents that are not empty, in an order that is the same on every system"
     texts, names = [], []
@@ -137,7 +146,24 @@ def learn_bpe(
 def cache_folder() -> Path:
     "The folder for what can be made again: `$PYTHIA_NB_CACHE`, or `pythia_nb` in the user's cache folder"
     if folder := os.environ.get("PYTHIA_NB_CACHE"): return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"pythia_nb"
+    return _user_cache(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+
+# %% ../nbs/14_data.ipynb #43f72d9a
+@cache
+def _user_cache(base:str) -> Path:
+    "`pythia_nb` in the user's cache folder, or a folder that lasts as long as the program where that can't be written"
+    folder = Path(base)/"pythia_nb"
+    try:
+        if base.startswith("~"): raise FileNotFoundError(2, "there is no home folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): return folder
+    except OSError as e:
+        print(f"the cache folder {folder} can't be written ({e.strerror}), so nothing is kept for the next time; set "
+              f"PYTHIA_NB_CACHE to a folder that can be written")
+        _kept.append(tempfile.TemporaryDirectory(prefix="pythia_nb-"))
+        return Path(_kept[-1].name)
+
+_kept = []  # temporary folders, removed when the program ends
 
 # %% ../nbs/14_data.ipynb #e0892f3f
 def corpus_hash(
@@ -247,7 +273,7 @@ def _read_header(path:Path) -> tuple[dict, list]:
         arrays = [(np.dtype(kinds[header[k]["dtype"]]), header[k]["shape"][0], base + header[k]["data_offsets"][0])
                   for k in ("tokens", "offsets")]
     except OSError as e: raise type(e)(f"cannot read the token file {path}: {e.strerror or e}") from None
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, IndexError, ValueError, TypeError):
         raise ValueError(f"{path} is not a token file; write one with tokenize or write_tokens") from None
     expected = base + header["offsets"]["data_offsets"][1]
     if size != expected:

@@ -49,7 +49,7 @@ class BlockLayout:
     col_ptr: Tensor      # int32 [heads * nK + 1]
     col_rows: Tensor     # int32 [visible]
     col_full: Tensor     # bool [visible]
-    segment_ids: Tensor | None = None    # document of each position, [S]; tokens see their own document only
+    segment_ids: Tensor | None = None    # document of each position, [S] or longer; tokens see their own document only
 
     @property
     def nQ(self) -> int:
@@ -96,14 +96,14 @@ def full_blocks(
     i: Tensor,  # absolute query blocks, int64 [visible]
     j: Tensor,  # key blocks, int64 [visible]
     S: int, block: int, causal: bool,
-    segment_ids: Tensor | None,  # [S] or None
+    segment_ids: Tensor | None,  # document of each position, [S] or longer, or None
 ) -> Tensor:                     # bool [visible]
     "Is every pair of tokens of the block visible?"
     full = (j + 1) * block <= S
     if causal: full = full & (j < i)
     if segment_ids is not None:
         ids = segment_ids.to(i.device)
-        q_first, q_last, k_first, k_last = (ids[x.clamp(0, S - 1)] for x in
+        q_first, q_last, k_first, k_last = (ids[x.clamp(0, len(ids) - 1)] for x in
             (i * block, i * block + block - 1, j * block, j * block + block - 1))
         full = full & (q_first == q_last) & (k_first == k_last) & (q_first == k_first)
     return full
@@ -154,7 +154,7 @@ def layout(
     i = torch.arange(rows.start, rows.stop, device=device)
     grids = (Grid(nK, causal, block, S, q_start + L, head) for head in range(self.heads))
     segment_ids = self.segment_ids
-    if segment_ids is not None: segment_ids = segment_ids[:S].to(i.device)
+    if segment_ids is not None: segment_ids = segment_ids[:max(S, q_start + L)].to(i.device)
     return from_keys([self.keys(i, grid) for grid in grids], L, S, block, causal, q_start, segment_ids)
 
 # %% ../nbs/04_layout.ipynb #87e13727
@@ -182,11 +182,12 @@ def from_block_mask(
     q_start: int | None = None, # absolute position of the first query (default: S - L if causal, else 0)
 ) -> BlockLayout:
     "The layout that shows the true blocks of `mask`; raises ValueError if the mask doesn't fit the lengths"
+    mask = torch.as_tensor(mask)
     if mask.dtype != torch.bool or mask.ndim not in (2, 3) or mask.numel() == 0:
         raise ValueError(f"the block mask is {list(mask.shape)} of {mask.dtype}; "
                          f"give booleans, [nQ, nK] or [heads, nQ, nK]")
     mask = mask[None] if mask.ndim == 2 else mask
-    L, S = L or mask.shape[1] * block, S or mask.shape[2] * block
+    L, S = mask.shape[1] * block if L is None else L, mask.shape[2] * block if S is None else S
     check_lengths(L, S, block)
     q_start = (S - L if causal else 0) if q_start is None else q_start
     rows, nK = row_range(L, q_start, block), -(-S // block)
@@ -262,6 +263,6 @@ def token_mask(self: BlockLayout) -> Tensor:
     mask = self.codes()[:, row][:, :, k // self.block] > 0
     if self.causal: mask = mask & (k <= q[:, None])
     if self.segment_ids is not None:
-        at = q.clamp(0, self.S - 1)
-        mask = mask & (self.segment_ids[at][:, None] == self.segment_ids)
+        at = q.clamp(0, len(self.segment_ids) - 1)
+        mask = mask & (self.segment_ids[at][:, None] == self.segment_ids[:self.S])
     return mask

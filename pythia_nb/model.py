@@ -264,6 +264,8 @@ def _check_ids(
     segment_ids:Tensor|None=None, # [B, start + L]
 ):
     "Raise one sentence if the model cannot read these ids."
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"ids are a {type(ids).__name__}; give a tensor of integers of shape [batch, length]")
     if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"ids are {ids.dtype} of shape {list(ids.shape)}; give integers of shape [batch, length]")
     if ids.numel() == 0:

@@ -6,11 +6,13 @@
 __all__ = ['global_', 'COLOURS', 'NAMES', 'SIGNS', 'Grid', 'clip_span', 'expand_spans', 'Pattern', 'check_count', 'Named',
            'dense', 'local', 'strided', 'mixed', 'fixed', 'dilated', 'sinks', 'global_tokens', 'longformer',
            'hash_integers', 'random_blocks', 'bigbird', 'Combined', 'Union', 'Intersection', 'Difference', 'per_head',
-           'document', 'from_mask', 'from_predicate', 'draw_blocks', 'make_named', 'parse']
+           'document', 'from_mask', 'from_predicate', 'draw_blocks', 'make_named', 'global_name', 'parse']
 
 # %% ../nbs/03_patterns.ipynb #3611aa87
 import ast
 import difflib
+import inspect
+import re
 from dataclasses import dataclass, fields
 from typing import Callable, NamedTuple
 
@@ -91,9 +93,10 @@ class Pattern:
 
 # %% ../nbs/03_patterns.ipynb #66011186
 def check_count(value, what: str, least: int = 1):
-    "Raise one clear sentence unless `value` is a whole number of at least `least`"
+    "Raise one clear sentence unless `value` is a whole number from `least` to below 2^31"
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{what} is {value!r}; it counts blocks, so give a whole number of at least {least}")
+        raise ValueError(f"{what} is {value!r}; give a whole number of at least {least}")
+    if value >= 2**31: raise ValueError(f"{what} is {value}; give a whole number below 2^31")
 
 # %% ../nbs/03_patterns.ipynb #9b244970
 class Named(Pattern):
@@ -231,9 +234,10 @@ class random_blocks(Named):
         left = (torch.minimum(i - self.window + 1, grid.stop(i)) - self.global_).clamp(min=0)
         right_start = (i + max(self.window, 1)).clamp(min=self.global_)
         candidates = left + (grid.stop(i) - right_start).clamp(min=0)
-        draws = torch.full((len(i), self.n), -1, dtype=torch.int64, device=i.device)
-        take = candidates.clamp(max=self.n)
-        for t in range(self.n):
+        n = min(self.n, grid.n_keys)    # there are no more to draw
+        draws = torch.full((len(i), n), -1, dtype=torch.int64, device=i.device)
+        take = candidates.clamp(max=n)
+        for t in range(n):
             top = candidates - take + t
             x = hash_integers(hash_integers(hash_integers(i) + self.seed) + t) % (top + 1).clamp(min=1)
             x = torch.where((draws == x[:, None]).any(1), top, x)
@@ -247,7 +251,7 @@ class random_blocks(Named):
         return keys[column >= 0].unique()
 
     def contains(self, i, j, grid): return (self.chosen(i, grid) == j[:, None]).any(1)
-    def count(self, i, grid): return torch.full_like(i, self.n)
+    def count(self, i, grid): return torch.full_like(i, min(self.n, grid.n_keys))
 
 # %% ../nbs/03_patterns.ipynb #e55aec56
 def bigbird(
@@ -275,7 +279,7 @@ class Combined(Pattern):
         self.a, self.b, self.heads = a, b, max(a.heads, b.heads)
         self.segment_ids = self._segments()
 
-    def _segments(self): return self.a.segment_ids if self.a.segment_ids is not None else self.b.segment_ids
+    def _segments(self): return None
     def __eq__(self, other): return type(self) is type(other) and (self.a, self.b) == (other.a, other.b)
     def __hash__(self): return hash((type(self), self.a, self.b))
 
@@ -311,6 +315,12 @@ class Intersection(Combined):
     def contains(self, i, j, grid): return self.a.contains(i, j, grid) & self.b.contains(i, j, grid)
     def count(self, i, grid): return torch.minimum(self.a.count(i, grid), self.b.count(i, grid))
 
+    def _segments(self):
+        ids = [p.segment_ids for p in (self.a, self.b) if p.segment_ids is not None]
+        if len(ids) < 2: return ids[0] if ids else None
+        a, b = (t[:min(map(len, ids))].to(ids[0].device) for t in ids)    # a boundary of either is one of both
+        return torch.nn.functional.pad((a[1:] != a[:-1]) | (b[1:] != b[:-1]), (1, 0)).cumsum(0)
+
 # %% ../nbs/03_patterns.ipynb #baac4007
 class Difference(Combined):
     "Blocks that the first pattern shows and the second does not"
@@ -322,7 +332,12 @@ class Difference(Combined):
 
     def contains(self, i, j, grid): return self.a.contains(i, j, grid) & ~self.b.contains(i, j, grid)
     def count(self, i, grid): return self.a.count(i, grid)
-    def _segments(self): return self.a.segment_ids
+
+    def _segments(self):
+        if self.b.segment_ids is not None:
+            raise ValueError("document(...) can't stand right of -, since its boundaries run inside blocks and - hides whole blocks; "
+                             "make a mask of blocks and use from_mask")
+        return self.a.segment_ids
 
 # %% ../nbs/03_patterns.ipynb #049c82b1
 class per_head(Pattern):
@@ -338,7 +353,7 @@ class per_head(Pattern):
             raise ValueError("document(...) can't stand inside per_head; write per_head([...]) & document(...)")
         self.heads = len(self.patterns)
 
-    def _of(self, grid): return self.patterns[grid.head]
+    def _of(self, grid): return self.patterns[grid.head if self.heads > 1 else 0]
     def keys(self, i, grid): return self._of(grid).keys(i, grid)
     def contains(self, i, j, grid): return self._of(grid).contains(i, j, grid)
     def count(self, i, grid): return self._of(grid).count(i, grid)
@@ -387,20 +402,23 @@ class from_mask(Pattern):
         if self.table.ndim == 2: self.table = self.table[None]
         self.heads = len(self.table)
 
-    def _rows(self, i, grid):
+    def _table(self, i, grid):
+        "The matrix of the asked head, [nQ, nK], if it is large enough for query blocks `i`"
         nQ, nK = self.table.shape[1:]
-        if (len(i) and i.max() >= nQ) or grid.n_keys > nK:
-            raise ValueError(f"from_mask has {nQ} x {nK} blocks, and the sequence needs {int(i.max()) + 1} x {grid.n_keys}; "
+        rows = int(i.max()) + 1 if len(i) else 0
+        if rows > nQ or grid.n_keys > nK:
+            raise ValueError(f"from_mask has {nQ} x {nK} blocks, and the sequence needs {rows} x {grid.n_keys}; "
                              f"give a larger mask or a larger block size")
-        inside = self.table[grid.head, :, :grid.n_keys].to(i.device)[i.clamp(min=0)]
+        return self.table[grid.head if self.heads > 1 else 0].to(i.device)
+
+    def _rows(self, i, grid):
+        inside = self._table(i, grid)[i.clamp(min=0), :grid.n_keys]
         return inside & (torch.arange(grid.n_keys, device=i.device) < grid.stop(i)[:, None])
 
     def keys(self, i, grid): return self._rows(i, grid).flatten().nonzero().flatten()
     def count(self, i, grid): return self._rows(i, grid).sum(1)
 
-    def contains(self, i, j, grid):
-        self._rows(i[:0], grid)
-        return self.table[grid.head].to(i.device)[i, j] & (j < grid.stop(i))
+    def contains(self, i, j, grid): return self._table(i, grid)[i.clamp(min=0), j] & (j < grid.stop(i))
 
     def __eq__(self, other): return type(self) is type(other) and torch.equal(self.table, other.table)
     def __hash__(self): return hash(self.table.shape)
@@ -410,7 +428,7 @@ class from_mask(Pattern):
 @dataclass(frozen=True, repr=False, eq=False)
 class from_predicate(Pattern):
     "Blocks in which `fn(q_idx, k_idx)`, called with tensors of token positions, is true"
-    fn: Callable           # fn(q_idx [n, 1], k_idx [1, m]) -> bool, broadcast
+    fn: Callable           # fn(q_idx, k_idx) -> bool, on two int64 tensors that broadcast against each other
     exact: bool = True     # raise if fn is neither true nor false throughout a block; False: any true pair shows it
 
     def _decide(self, i, j, grid):
@@ -420,7 +438,7 @@ class from_predicate(Pattern):
         q = (i[:, None] * grid.block + offset).clamp(0, end - 1)[:, None, :, None]       # [n, 1, N, 1]
         k = (j[..., None] * grid.block + offset).clamp(max=grid.keys - 1)[:, :, None, :]  # [n, m, 1, N]
         allowed = (k <= q) if grid.causal else torch.ones_like(k <= q)
-        true = self.fn(q, k).expand_as(allowed) & allowed
+        true = torch.as_tensor(self.fn(q, k), device=i.device).expand_as(allowed) & allowed
         some = true.flatten(2).any(2)
         cut = some & (true != allowed).flatten(2).any(2)
         if self.exact and cut.any():
@@ -432,10 +450,13 @@ class from_predicate(Pattern):
 
     def keys(self, i, grid):
         j = torch.arange(grid.n_keys, device=i.device)
-        rows = [self._decide(i[r:r + 1], j[None], grid)[0] & (j < grid.stop(i[r:r + 1])) for r in range(len(i))]
-        return torch.stack(rows).flatten().nonzero().flatten() if rows else j[:0]
+        rows = (self._decide(i[r:r + 1], j[None], grid)[0] & (j < grid.stop(i[r:r + 1])) for r in range(len(i)))
+        return torch.cat([j[:0], *(r * grid.n_keys + row.nonzero().flatten() for r, row in enumerate(rows))])
 
-    def contains(self, i, j, grid): return self._decide(i, j[:, None], grid)[:, 0] & (j < grid.stop(i))
+    def contains(self, i, j, grid):
+        parts = [self._decide(a, b[:, None], grid)[:, 0] for a, b in zip(i.split(1024), j.split(1024))]
+        return torch.cat(parts) & (j < grid.stop(i))
+
     def count(self, i, grid): return grid.stop(i)
     def __repr__(self): return f"from_predicate({getattr(self.fn, '__name__', 'fn')})"
 
@@ -492,9 +513,16 @@ def make_named(name: str, *args, **kwargs) -> Pattern:
         raise ValueError(f"unknown pattern {name!r}{f', did you mean {close[0]!r}?' if close else ';'} "
                          f"known are {', '.join(sorted(NAMES))}")
     try: return NAMES[name](*args, **kwargs)
-    except TypeError as e: raise ValueError(f"pattern {name!r} can't be made from {args} {kwargs}: {e}") from None
+    except TypeError:
+        given = ", ".join([*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])
+        takes = ", ".join(inspect.signature(NAMES[name]).parameters)
+        raise ValueError(f"pattern {name!r} takes ({takes}), and got ({given})") from None
 
 # %% ../nbs/03_patterns.ipynb #1e3a04c2
+def global_name(text: str) -> str:
+    "Text as Python can read it, on one line and with `global`, a word of Python's own, spelt `global_`"
+    return re.sub(r"\bglobal\b", "global_", " ".join(text.split()))
+
 def parse(
     text: str,    # for example "local(window=4) | sinks(1)" or "bigbird"
 ) -> Pattern:
@@ -503,17 +531,17 @@ def parse(
         if isinstance(node, ast.Name): return make_named(node.id)
         if isinstance(node, ast.BinOp) and type(node.op) in SIGNS:
             return SIGNS[type(node.op)](build(node.left), build(node.right))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and all(k.arg for k in node.keywords):
             kwargs = {k.arg: value(k.value) for k in node.keywords}
             return make_named(node.func.id, *map(value, node.args), **kwargs)
         raise ValueError(f"{ast.unparse(node)!r} in pattern {text!r} is no pattern; write names with numbers, "
                          f"like local(window=4) | sinks(1)")
     def value(node):
         if isinstance(node, ast.List): return [build(item) for item in node.elts]
-        if isinstance(node, ast.Constant): return node.value
-        return build(node)
-    source = " ".join(text.replace("global(", "global_(").split())
-    try: tree = ast.parse("global_" if source == "global" else source, mode="eval")
+        try: return ast.literal_eval(node)    # a number, also a negative one
+        except ValueError: return build(node)
+    if "<" in text: raise ValueError(f"pattern {text!r} holds data, which text doesn't carry; make the pattern in Python and hand it over")
+    try: tree = ast.parse(global_name(text), mode="eval")
     except SyntaxError:
         raise ValueError(f"pattern {text!r} can't be read; write it like local(window=4) | sinks(1)") from None
     return build(tree.body)

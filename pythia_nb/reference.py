@@ -21,7 +21,12 @@ def split_segments(
     segment_ids,               # int [B, S]; or a pair (of queries [B, L], of keys [B, S]); or None
 ) -> tuple[Tensor, Tensor] | None:  # ids of queries [B, L] and of keys [B, S]
     "The documents of queries and of keys; a query has the id of the key at its own absolute position"
-    if segment_ids is None or isinstance(segment_ids, tuple): return segment_ids
+    if segment_ids is None: return None
+    if isinstance(segment_ids, (tuple, list)) and len(segment_ids) == 2 and all(isinstance(t, Tensor) for t in segment_ids):
+        return tuple(segment_ids)
+    if not isinstance(segment_ids, Tensor):
+        raise TypeError(f"segment_ids is a {type(segment_ids).__name__}; give a tensor of one id for each key, [B, {layout.S}], "
+                        f"or a pair of tensors for queries and keys")
     start, stop = layout.q_start, layout.q_start + layout.L
     if segment_ids.ndim != 2 or segment_ids.shape[1] != layout.S:
         raise ValueError(f"segment_ids is {list(segment_ids.shape)}; give one id for each key, [B, {layout.S}]")
@@ -96,10 +101,12 @@ def all_segments(layout, segment_ids):
     "Documents from the call and from the layout as one pair of ids, or None"
     given = split_segments(layout, segment_ids)
     if layout.segment_ids is None: return given
-    own = split_segments(layout, layout.segment_ids[None])
+    ids = layout.segment_ids.long()
+    at = (torch.arange(layout.L, device=ids.device) + layout.q_start).clamp(0, len(ids) - 1)
+    own = ids[None, at], ids[None, :layout.S]
     if given is None: return own
     # Two rules at once: a pair is visible if both ids agree, so number the pairs of ids.
-    return tuple(g.long() * (layout.segment_ids.max().long() + 1) + o for g, o in zip(given, own))
+    return tuple(g.long() * (ids.max() - ids.min() + 1) + o - ids.min() for g, o in zip(given, own))
 
 # %% ../nbs/05_reference.ipynb #2354d57d
 def blockwise_forward(
@@ -211,7 +218,7 @@ def gradients(attention, q, k, v, do, dlse, layout, **kw) -> dict[str, Tensor]:
 def error_floor(result: Tensor, exact: Tensor, q: Tensor, k: Tensor, scale: float | None) -> float:
     "The error that no rule can forbid: one rounding of the largest result and one of the largest score"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    largest_score = scale * (q.double().norm(dim=-1).amax() * k.double().norm(dim=-1).amax()).item()
+    largest_score = abs(scale) * (q.double().norm(dim=-1).amax() * k.double().norm(dim=-1).amax()).item()
     largest = exact[exact.isfinite()].abs().amax().item() if exact.isfinite().any() else 0.
     high = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
     return (torch.finfo(result.dtype).eps + high * largest_score) * largest

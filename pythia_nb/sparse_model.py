@@ -71,7 +71,7 @@ def expand_layers(
     pairs = bool(spec) and all(isinstance(x, (list, tuple)) for x in spec)
     items = []
     for pair in (spec if pairs else [(spec, 1)]):
-        if len(pair) != 2 or not isinstance(pair[0], (list, tuple)) or not (pair[1] == "all" or isinstance(pair[1], int)):
+        if len(pair) != 2 or not isinstance(pair[0], (list, tuple)) or pairs and not pair[0] or not (pair[1] == "all" or isinstance(pair[1], int)):
             raise ValueError(f"{pair!r} is no pair of patterns and how often they repeat; write [['local', 'dense'], 3]")
         kinds, count = pair
         if count == "all": count, rest = divmod(num_layers - len(items), len(kinds))
@@ -89,7 +89,7 @@ def parse_layers(text: str):
         if isinstance(node, (ast.List, ast.Tuple)): return [value(item) for item in node.elts]
         if isinstance(node, ast.Constant): return node.value
         return P.parse(ast.unparse(node))
-    try: return value(ast.parse(text.strip(), mode="eval").body)
+    try: return value(ast.parse(P.global_name(text), mode="eval").body)
     except SyntaxError:
         raise ValueError(f"the list of patterns {text!r} can't be read; write it like [[['local', 'dense'], 3]]") from None
 
@@ -162,8 +162,9 @@ def sparsity_report(
         attend = layer.attention.attend
         if id(attend) in rows: rows[id(attend)]["layers"].append(i); continue
         sparse = isinstance(attend, SparseAttention)
-        density = attend.layout(seq_len, seq_len).density if sparse else 1.0
-        rows[id(attend)] = dict(layers=[i], pattern=repr(attend.pattern) if sparse else "dense (SDPA)", density=density,
+        density = attend.layout(seq_len, seq_len).density if sparse else 1.0    # of other functions nothing is known
+        name = "dense (SDPA)" if attend is dense_attention else getattr(attend, "__name__", repr(attend))
+        rows[id(attend)] = dict(layers=[i], pattern=repr(attend.pattern) if sparse else name, density=density,
                                 flops_per_token=4 * self.config.hidden_size * density * (seq_len + 1) / 2,
                                 score_bytes=self.config.attention_memory(seq_len, density))
     return list(rows.values())

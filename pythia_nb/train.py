@@ -10,7 +10,6 @@ __all__ = ['COLOURS', 'TrainConfig', 'lr_at', 'make_optimizer', 'train_step', 'b
 # %% ../nbs/15_train.ipynb #8aa030b5
 import json
 import math
-import os
 import pickle
 import shutil
 import time
@@ -20,14 +19,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Batches, split
-from .generate import replacing
+from .weights import replacing
 
 # %% ../nbs/15_train.ipynb #981b947b
 @dataclass(frozen=True)
@@ -372,6 +370,7 @@ def plot_history(
     smooth:float=0.03, # width of the running mean, as a part of the run
 ): # the axes
     "Loss curves: training smoothed, validation as dots"
+    import matplotlib.pyplot as plt  # lazily: a training job without pictures need not load it
     histories = histories if isinstance(histories, dict) else {"": histories}
     if ax is None: ax = plt.subplots(figsize=(7, 4))[1]
     for (name, history), colour in zip(histories.items(), COLOURS * len(histories)):

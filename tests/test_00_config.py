@@ -5,25 +5,26 @@ from dataclasses import replace
 from pythia_nb.config import PythiaConfig, SUITE
 
 
-COUNTS = {"14m": 14_067_712, "31m": 30_494_720, "70m": 70_426_624, "160m": 162_322_944, "410m": 405_334_016,
-          "1b": 1_011_781_632, "1.4b": 1_414_647_808, "2.8b": 2_775_208_960, "6.9b": 6_857_302_016,
-          "12b": 11_846_072_320}
+PUBLISHED = {"14m": 14_067_712, "31m": 30_494_720, "70m": 70_426_624, "160m": 162_322_944, "410m": 405_334_016,
+             "1b": 1_011_781_632, "1.4b": 1_414_647_808, "2.8b": 2_775_208_960, "6.9b": 6_857_302_016,
+             "12b": 11_846_072_320}
+
 
 @pytest.mark.parametrize("name", SUITE)
 def test_suite_counts(name):
     "Every size has exactly the published number of parameters, and its own vocabulary."
     config = PythiaConfig.preset(name)
-    assert config.num_parameters() == COUNTS[name]
+    assert config.num_parameters() == PUBLISHED[name]
     assert config.vocab_size == {"6.9b": 50_432, "12b": 50_688}.get(name, 50_304)
     tables = 2 * config.vocab_size * config.hidden_size
-    assert config.num_parameters(embeddings=False) == COUNTS[name] - tables
+    assert config.num_parameters(embeddings=False) == PUBLISHED[name] - tables
 
 
 def test_overrides_and_spellings():
     "Presets take overrides, and the Hub's names."
     assert PythiaConfig.preset("pythia-160m-deduped") == PythiaConfig.preset("160m") == PythiaConfig.preset("160M")
     small = PythiaConfig.preset("70m", vocab_size=10_000)
-    assert small.vocab_size == 10_000 and small.num_parameters() == COUNTS["70m"] - 2 * (50_304 - 10_000) * 512
+    assert small.vocab_size == 10_000 and small.num_parameters() == PUBLISHED["70m"] - 2 * (50_304 - 10_000) * 512
     assert replace(small, intermediate_size=7).intermediate == 7
 
 

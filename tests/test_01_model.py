@@ -321,6 +321,7 @@ def test_dropout():
     (lambda m: m(torch.zeros(0, 2, dtype=torch.long)), ["empty"]),
     (lambda m: m(torch.zeros(3, dtype=torch.long)), ["[3]", "[batch, length]"]),
     (lambda m: m(torch.zeros(1, 3)), ["float32", "integers"]),
+    (lambda m: m([[1, 2]]), ["list", "tensor"]),
     (lambda m: m(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 4)), ["attention_mask", "[1, 4]", "[1, 3]"]),
     (lambda m: m(torch.zeros(1, 3, dtype=torch.long), segment_ids=torch.ones(3)), ["segment_ids", "[3]"]),
     (lambda m: m.loss(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)), ["targets", "[1, 2]"]),

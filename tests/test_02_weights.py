@@ -10,7 +10,7 @@ import torch
 from pathlib import Path
 from pythia_nb.config import PythiaConfig
 from pythia_nb.model import Pythia
-from pythia_nb.weights import config_from_hf, config_to_hf, load_config
+from pythia_nb.weights import config_from_hf, config_to_hf, load_config, replacing
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -211,6 +211,7 @@ def change_config(folder, **values):
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | values))
 
 NORM, QKV = "gpt_neox.final_layer_norm.weight", "gpt_neox.layers.0.attention.query_key_value.weight"
+EMBED = "gpt_neox.embed_in.weight"
 
 @pytest.mark.parametrize("damage, words", [
     (lambda f: (f / "config.json").unlink(), ["config.json", "no "]),
@@ -219,10 +220,14 @@ NORM, QKV = "gpt_neox.final_layer_norm.weight", "gpt_neox.layers.0.attention.que
     (lambda f: change_config(f, model_type="llama"), ["llama", "gpt_neox"]),
     (lambda f: (f / "config.json").write_text('{"model_type": "gpt_neox"}'), ["vocab_size"]),
     (lambda f: change_config(f, num_attention_heads=3), ["3 heads", "64"]),
+    (lambda f: change_config(f, rope_parameters="x"), ["rope_parameters", "'x'", "object"]),
+    (lambda f: change_config(f, rope_parameters=None, rotary_emb_base="x"), ["rotary_base", "'x'"]),
+    (lambda f: change_config(f, pythia_nb=3), ["pythia_nb", "3", "object"]),
     (lambda f: (f / "model.safetensors").unlink(), ["no weights", "model.safetensors"]),
     (lambda f: change_tensors(f, lambda t: t.pop(NORM)), ["lacks", "final_layer_norm.weight"]),
     (lambda f: change_tensors(f, lambda t: t.update(extra=torch.zeros(1))), ["holds extra"]),
     (lambda f: change_tensors(f, lambda t: t.update({QKV: torch.zeros(3, 3)})), [QKV[9:], "[3, 3]", "[192, 64]"]),
+    (lambda f: change_tensors(f, lambda t: t.update({EMBED: torch.tensor(1.0)})), [EMBED[9:], "[]", "[97, 64]"]),
     (lambda f: change_tensors(f, lambda t: t.update({NORM: torch.zeros(64).long()})), [NORM[9:], "int64"]),
     (lambda f: change_tensors(f, lambda t: t.update({"lm_head.weight": torch.zeros(97, 64)})), ["embed_out", "twice"]),
     (lambda f: change_config(f, vocab_size=100), ["vocabulary", "100", "97 rows", "config.json"]),
@@ -251,6 +256,9 @@ def test_damaged_shards_and_bins(tmp_path):
     with pytest.raises(ValueError, match=f"{re.escape(name)}.*{shard.name}"): Pythia.from_pretrained(folder)
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=shard.name): Pythia.from_pretrained(folder)
+    for content in ({}, {"weight_map": 3}, {"weight_map": {"a": 1}}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="index.json in .* has no map"): Pythia.from_pretrained(folder)
     folder = save_bin(small(), tmp_path / "bin")
     for size in (0, 1000, 200_000):
         os.truncate(folder / "pytorch_model.bin", size)
@@ -297,9 +305,13 @@ def test_hub_folder(tmp_path, monkeypatch):
 
 def content(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
 
+class PowerCut(BaseException):
+    "After it, nothing is done any more."
+
 @pytest.mark.parametrize("old_size, new_size", [("5GB", "5GB"), ("150KB", "5GB"), ("5GB", "150KB"), ("150KB", "120KB")])
-def test_overwriting_is_safe(tmp_path, monkeypatch, old_size, new_size):
-    "Interrupted at any renaming, a folder is the old model, the new one, or without config.json; never a mixture."
+@pytest.mark.parametrize("dead", [False, True])
+def test_overwriting_is_safe(tmp_path, monkeypatch, old_size, new_size, dead):
+    "Stopped at any renaming, the folder is the old model or the new one; after a power cut the old one may be beside it."
     old, new = small(), small(rotary_pct=1.0)
     with torch.no_grad(): new.embed_in.weight.mul_(2.0)
     real, outcomes = os.replace, set()
@@ -309,25 +321,35 @@ def test_overwriting_is_safe(tmp_path, monkeypatch, old_size, new_size):
         (folder / "tokenizer.json").write_text("mine")
         calls = []
         def replace_or_die(a, b):
-            if len(calls) == stop: raise KeyboardInterrupt
             calls.append(b)
+            if len(calls) == stop + 1 or (dead and len(calls) > stop): raise PowerCut
             real(a, b)
-        monkeypatch.setattr(os, "replace", replace_or_die)
-        try:
-            new.save_pretrained(folder, max_shard_size=new_size)
-            done = True
-        except KeyboardInterrupt: done = False
-        monkeypatch.setattr(os, "replace", real)
-        assert (folder / "tokenizer.json").read_text() == "mine" and not list(tmp_path.glob(".*"))
+        with monkeypatch.context() as m:
+            m.setattr(os, "replace", replace_or_die)
+            try: done = bool(new.save_pretrained(folder, max_shard_size=new_size))
+            except PowerCut: done = False
+        assert (folder / "tokenizer.json").read_text() == "mine" and (dead or not list(tmp_path.glob(".*")))
         try: loaded = Pythia.from_pretrained(folder)
         except FileNotFoundError as e:
-            assert "config.json" in str(e)
-            outcomes.add("refused")
+            loaded = Pythia.from_pretrained(re.search(r"whole in (.*)", str(e))[1])
+            assert same_logits(loaded, old)
+            outcomes.add("beside")
         else: outcomes.add("new" if same_logits(loaded, new) else "old" if same_logits(loaded, old) else "mixture")
         if done: break
-    assert done and outcomes == {"old", "refused", "new"}
+    assert done and outcomes == ({"beside", "new"} if dead else {"old", "new"})
     fresh = new.save_pretrained(tmp_path / "fresh", max_shard_size=new_size)
     assert content(folder) == content(fresh) | {"tokenizer.json": b"mine"}
+
+
+def test_replacing_keeps_the_old_file(tmp_path):
+    "An error inside the block changes nothing and leaves nothing."
+    path = tmp_path / "f"
+    with replacing(path) as t: t.write_bytes(b"old")
+    with pytest.raises(RuntimeError):
+        with replacing(path) as t:
+            t.write_bytes(b"ne")
+            raise RuntimeError
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_failures_leave_the_old_save(tmp_path, monkeypatch):

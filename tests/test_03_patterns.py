@@ -77,6 +77,10 @@ def test_patterns_print_as_what_parse_reads(pattern):
     again = parse(repr(pattern))
     assert again == pattern and hash(again) == hash(pattern) and repr(again) == repr(pattern)
 
+def test_global_is_read_as_a_name():
+    assert parse("global") == strided() and parse("global(3) | local(2)") == strided(3) | local(2)
+    assert parse("longformer(window=2, global=1)") == longformer(2, 1)
+
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 6), seed=st.integers(0, 99), window=st.integers(0, 4), skip=st.integers(0, 4), causal=st.booleans())
@@ -117,12 +121,18 @@ def test_document_shows_exactly_the_blocks_of_the_same_document(lengths, causal)
     (lambda: document(torch.tensor([0, 1, 0])), "one stretch"),
     (lambda: document(torch.zeros(2, 3, dtype=torch.int64)), "one whole number for each token"),
     (lambda: document(torch.zeros(64, dtype=torch.int64)) | local(1), "& document"),
+    (lambda: dense() - document(torch.zeros(64, dtype=torch.int64)), "right of -"),
+    (lambda: (dense() - from_mask(torch.ones(2, 4, dtype=torch.bool))).mask(4), "larger mask"),
     (lambda: document(torch.zeros(64, dtype=torch.int64)).mask(4, block=32), "an id for each token"),
     (lambda: from_mask(torch.ones(2, 2)), "boolean matrix"),
     (lambda: from_mask(torch.ones(2, 2, dtype=torch.bool)).mask(3), "larger mask"),
     (lambda: parse("bigbrd"), "did you mean 'bigbird'"),
     (lambda: parse("open('x')"), "unknown pattern 'open'"),
     (lambda: parse("local(2"), "can't be read"),
+    (lambda: parse("local(-1)"), "window is -1"),
+    (lambda: parse("local(wide=3)"), r"takes \(window\), and got \(wide=3\)"),
+    (lambda: parse("local(99999999999999999999)"), "below 2"),
+    (lambda: parse(repr(from_mask(torch.ones(2, 2, dtype=torch.bool)))), "holds data"),
 ])
 def test_mistakes_get_one_sentence(make, message):
     with pytest.raises((ValueError, TypeError), match=message) as error: make()
@@ -138,5 +148,9 @@ def test_mask_and_predicate_patterns_agree_with_their_source():
     i, j = torch.arange(6)[:, None], torch.arange(6)[None]
     assert torch.equal(rule.mask(6, causal=False, block=32)[0], (i + j) % 3 == 0)
     assert torch.equal((local(3) & rule).mask(6, block=32)[0], (((i + j) % 3 == 0) & local(3).mask(6)[0]))
+    assert torch.equal(from_predicate(lambda q, k: True).mask(6, block=32), dense().mask(6))
+    heads = per_head([dense(), from_mask(table[0]), per_head([local(2)])])    # a list for all heads serves any head
+    assert torch.equal(heads.mask(6), torch.stack([dense().mask(6)[0], table[0].tril(), local(2).mask(6)[0]]))
+    assert torch.equal((heads & from_mask(table[1])).mask(6), heads.mask(6) & table[1])
     rounded = from_predicate(lambda q, k: q - k < 40, exact=False)
     assert torch.equal(rounded.mask(6, block=32), local(3).mask(6))    # 40 tokens reach into the second block before

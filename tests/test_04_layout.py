@@ -77,6 +77,23 @@ def test_more_queries_than_keys_leave_the_first_rows_empty():
     assert (P.dense() - P.dense()).layout(64, block=16).visible == 0
 
 
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6), L=st.integers(1, 150), S=st.integers(1, 150),
+       start=st.integers(0, 100), block=st.sampled_from([16, 32]), causal=st.booleans())
+def test_documents_hold_wherever_the_queries_stand(lengths, L, S, start, block, causal):
+    ids = torch.repeat_interleave(torch.tensor([*lengths, 300]))    # the last document lies over all ends
+    layout = P.document(ids).layout(L, S, block, causal, q_start=start)
+    q, k = torch.arange(start, start + L), torch.arange(S)
+    expected = (ids[q][:, None] == ids[k]) & ((k <= q[:, None]) if causal else torch.ones(L, S, dtype=torch.bool))
+    assert torch.equal(layout.token_mask()[0], expected)
+
+def test_two_document_patterns_both_hold():
+    a, b = (torch.repeat_interleave(torch.tensor(lengths)) for lengths in ([50, 70], [80, 40, 10]))
+    got = (P.document(a) & P.local(3) & P.document(b)).layout(120, block=32).token_mask()[0]
+    same = (a[:, None] == a) & (b[:120, None] == b[:120])
+    assert torch.equal(got, same & P.local(3).layout(120, block=32).token_mask()[0])
+
+
 @settings(max_examples=40, deadline=None)
 @given(nQ=st.integers(1, 6), nK=st.integers(1, 6), heads=st.integers(1, 3), causal=st.booleans(), seed=st.integers(0, 9))
 def test_block_mask_round_trip(nQ, nK, heads, causal, seed):

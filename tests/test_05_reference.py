@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from pythia_nb import patterns as P
 from pythia_nb.layout import BlockLayout
 from pythia_nb.reference import (
-    all_segments, attention_oracle, blockwise_backward, blockwise_forward, check_attention, split_segments,
+    all_segments, attention_oracle, blockwise_backward, blockwise_forward, check_attention, error_floor, split_segments,
 )
 
 
@@ -46,7 +46,7 @@ class Blockwise(torch.autograd.Function):
         return *blockwise_backward(do, dlse, *ctx.saved_tensors, ctx.layout, **ctx.kw), None, None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(L=st.integers(1, 70), S=st.integers(1, 70), causal=st.booleans(), block=st.sampled_from([16, 32]), seed=st.integers(0, 10**6),
        documents=st.booleans(), lengths=st.booleans(), extreme=st.booleans())
 def test_blockwise_equals_the_oracle(L, S, causal, block, seed, documents, lengths, extreme):
@@ -78,7 +78,12 @@ def test_rows_that_see_nothing():
     for o, lse in (attention_oracle(q, k, v, layout), blockwise_forward(q, k, v, layout)):
         assert (o[:, :, 16:] == 0).all() and (lse[:, :, 16:] == -math.inf).all() and lse[:, :, :16].isfinite().all()
 
+def test_a_negative_scale_has_the_same_floor():
+    q, k = torch.randn(2, 1, 1, 8, 4)
+    assert error_floor(q, q.double(), q, k, -2.0) == error_floor(q, q.double(), q, k, 2.0) > 0
+
 def test_segments_that_do_not_cover_the_queries_get_one_sentence():
     layout = P.dense().layout(40, 20, block=16, causal=False)
     with pytest.raises(ValueError, match="give a pair"): split_segments(layout, torch.zeros(1, 20))
     with pytest.raises(ValueError, match="one id for each key"): split_segments(layout, torch.zeros(1, 30))
+    with pytest.raises(TypeError, match="segment_ids is a list"): split_segments(layout, [0] * 20)

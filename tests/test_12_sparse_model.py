@@ -66,6 +66,11 @@ def test_pattern_survives_saving(tmp_path):
         with torch.no_grad(): assert torch.equal(again(ids), model(ids))
         assert again.block == 32
 
+def test_a_pattern_with_data_is_left_out_with_a_warning(tmp_path):
+    model = Pythia(TINY, pattern=P.from_mask(torch.ones(8, 8, dtype=torch.bool)), block=16)
+    with pytest.warns(UserWarning, match="give pattern= when you load it"): model.save_pretrained(tmp_path / "model")
+    assert Pythia.from_pretrained(tmp_path / "model").pattern is None
+
 @pytest.mark.parametrize("method", ["linear", "yarn"])
 def test_extended_context_equals_transformers(method, tmp_path):
     torch.manual_seed(0)
@@ -91,6 +96,7 @@ def test_layers_share_layouts_and_old_ones_are_forgotten():
     (lambda: Pythia(TINY, pattern=P.local(1), block=48), "choose 32 or 64"),
     (lambda: Pythia(TINY, pattern=1.5), "is no pattern"),
     (lambda: Pythia(TINY, pattern="[['local'"), "can't be read"),
+    (lambda: Pythia(TINY, pattern=[[[], "all"]]), "no pair of patterns"),
     (lambda: Pythia(PythiaConfig(hidden_size=64, num_heads=2, attention_dropout=0.1), P.local(1), device="meta"), "set attention_dropout=0"),
     (lambda: Pythia(TINY).extend_context(100), "is not longer"),
     (lambda: Pythia(TINY).extend_context(1024).extend_context(2048), "already stretched"),

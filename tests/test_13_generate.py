@@ -3,9 +3,10 @@ import math
 import pytest
 import tokenizers
 import torch
+import torch.nn.functional as F
 from pythia_nb.config import PythiaConfig
 from pythia_nb.generate import (
-    END_OF_TEXT, KVCache, Tokenizer, generate, generate_text, keep_top_k, keep_top_p, left_pad, next_tokens, replacing,
+    END_OF_TEXT, KVCache, Tokenizer, generate, generate_text, keep_top_k, keep_top_p, left_pad, next_tokens,
     sample_next, stream, whole_characters,
 )
 from pythia_nb.model import Pythia
@@ -23,6 +24,7 @@ def toy_tokenizer(vocab_size=320):
                                                       initial_alphabet=alphabet, show_progress=False))
     return Tokenizer(bpe)
 
+
 def test_tokenizer_round_trip_and_files(tmp_path):
     tok = toy_tokenizer()
     for text in ["", "plain", "tabs\tand\r\nnewlines\n", "🦊 ünï 日本", "\x00\x7f"]:
@@ -39,15 +41,6 @@ def test_tokenizer_file_errors(tmp_path):
     (tmp_path/"broken.json").write_text("{")
     with pytest.raises(ValueError, match="broken.json is not a readable tokenizer file"):
         Tokenizer.from_file(tmp_path/"broken.json")
-
-def test_replacing_keeps_the_old_file(tmp_path):
-    path = tmp_path/"f"
-    with replacing(path) as t: t.write_bytes(b"old")
-    with pytest.raises(RuntimeError):
-        with replacing(path) as t:
-            t.write_bytes(b"ne")
-            raise RuntimeError
-    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
 def toy_model(seed=0, vocab_size=320, **overrides):
@@ -86,6 +79,9 @@ def test_cache_truncate_and_limits():
     with pytest.raises(ValueError, match="cannot cut a cache of 6 tokens to 7"): cache.truncate(7)
     full = "the cache is full: it holds 6 tokens, 4 more do not fit into 9"
     with pytest.raises(ValueError, match=full), torch.no_grad(): model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
+    for batch, n in ((2, 1), (1, 2)):
+        with pytest.raises(ValueError, match=f"the cache is for {batch} sequences, {n} were given"), torch.no_grad():
+            model(torch.zeros(n, 2, dtype=torch.long), cache=KVCache(model.config, batch, 9))
     assert KVCache(model.config).max_length == model.config.max_position_embeddings
     assert KVCache(model.config, dtype=torch.bfloat16).keys[0].dtype == torch.bfloat16
 
@@ -127,11 +123,12 @@ def test_sampling_is_repeatable_and_checked():
     with pytest.raises(ValueError, match="the logits contain NaN"): sample_next(torch.full((1, 3), math.nan))
 
 
-def slow_greedy(model, ids, n):
+@torch.no_grad()
+def generate_slowly(model, ids, n):
     "Greedy generation that recomputes the whole text for every token"
-    with torch.no_grad():
-        for _ in range(n): ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], 1)
+    for _ in range(n): ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], 1)
     return ids
+
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("overrides", [{}, dict(rotary_pct=1.0), dict(parallel_residual=False),
@@ -139,12 +136,39 @@ def slow_greedy(model, ids, n):
 def test_cached_generation_equals_full_recomputation(seed, overrides):
     model = toy_model(seed, **overrides)
     prompts = [torch.randint(1, 320, (n,)).tolist() for n in (1, 5, 17, 8)]
-    alone = [slow_greedy(model, torch.tensor([p]), 30)[0] for p in prompts]
+    alone = [generate_slowly(model, torch.tensor([p]), 30)[0] for p in prompts]
     assert len({t for row in alone for t in row[-30:].tolist()}) > 20  # a test on one token repeated would test little
     for p, row in zip(prompts, alone): assert torch.equal(generate(model, p, 30, temperature=0)[0], row)
     ids, mask = left_pad(prompts)
     for out, row in zip(generate(model, ids, 30, attention_mask=mask, temperature=0), alone):
         assert torch.equal(out[-len(row):], row)
+
+class BlockWindow:
+    "Attention to one's own block and the one before it, blocks counted from the first column"
+    pattern = "local"
+    def __call__(self, q, k, v, *, segment_ids=None, q_start=None, **kwargs):
+        L, S = q.shape[2], k.shape[2]
+        i, j = torch.arange(L)[:, None] + (S - L if q_start is None else q_start), torch.arange(S)
+        mask = ((j <= i) & (j // 4 >= i // 4 - 1))[None, None].expand(len(q), 1, L, S)
+        if segment_ids is not None: mask = mask & (segment_ids[:, None, i[:, 0], None] == segment_ids[:, None, None])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+def test_patterns_do_not_move_with_the_padding():
+    model = toy_model().set_pattern(BlockWindow())
+    prompts = [torch.randint(1, 320, (n,)).tolist() for n in (1, 5, 18, 5, 8)]
+    ids, mask = left_pad(prompts)
+    alone = [generate(model, p, 20, temperature=0)[0] for p in prompts]
+    for row, p in zip(alone, prompts): assert torch.equal(row, generate_slowly(model, torch.tensor([p]), 20)[0])
+    out = generate(model.train(), ids, 20, attention_mask=mask, temperature=0)
+    assert model.training and all(torch.equal(row[-len(a):], a) for row, a in zip(out, alone))
+    eos = alone[2][18 + 6].item()
+    ended = generate(model, ids, 20, attention_mask=mask, temperature=0, eos_id=eos)
+    for row, want in zip(ended, out):
+        new = want[18:].tolist()
+        keep = new.index(eos) + 1 if eos in new else 20
+        assert row[18:18 + keep].tolist() == new[:keep] and set(row[18 + keep:].tolist()) <= {eos}
+    a, b, c = (generate(model, ids, 20, attention_mask=mask, seed=s) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
 
 def test_only_the_attention_interface_is_used():
     calls = []
@@ -184,6 +208,8 @@ def test_seed_repeats_and_mode_is_restored():
 @pytest.mark.parametrize("options, message", [
     (dict(ids=[]), "the prompt is empty"), (dict(ids=[320]), "id 320 is outside the model's vocabulary of 320 ids"),
     (dict(ids=[-1]), "id -1 is outside"), (dict(ids=[1.5]), "expected ids as whole numbers"),
+    (dict(ids="fox"), "ids cannot be read as numbers"), (dict(ids=[[1, 2], [3]]), "different lengths through left_pad"),
+    (dict(ids=[True]), "expected ids as whole numbers"), (dict(ids=[1], max_new_tokens=2.5), "max_new_tokens is 2.5"),
     (dict(ids=[[[1]]]), "expected ids as whole numbers"),
     (dict(ids=[1] * 90, max_new_tokens=7), "make 97, but the model's context is 96; ask for at most 6"),
     (dict(ids=[1], max_new_tokens=-1), "max_new_tokens is -1"), (dict(ids=[1], temperature=-.5), "temperature is -0.5"),

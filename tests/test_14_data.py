@@ -29,7 +29,7 @@ def test_read_corpus_takes_text_in_order(tmp_path):
     assert read_corpus(tmp_path/"b.txt").texts == ["two\n"]
     assert "1 document," in repr(read_corpus(tmp_path/"b.txt")) and corpus.nbytes == sum(len(t) for t in corpus)
 
-def test_corpus_mistakes(tmp_path):
+def test_corpus_mistakes(tmp_path, monkeypatch):
     write_files(tmp_path, {"empty.txt": "", "bin.txt": b"a\0b", "latin.txt": b"K\xf6ln", "none/x.exe": "x"})
     for name, error, message in [("empty.txt", ValueError, "is empty: there is nothing to train on"),
                                  ("bin.txt", ValueError, "is a binary file"),
@@ -39,6 +39,12 @@ def test_corpus_mistakes(tmp_path):
         with pytest.raises(error, match=message) as e: read_corpus(tmp_path/name)
         assert "\n" not in str(e.value)
     with pytest.raises(FileNotFoundError, match="has no library sources"): stdlib_corpus(tmp_path)
+    def scandir(folder, real=os.scandir):
+        if str(folder).endswith("locked"): raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+    write_files(tmp_path, {"texts/a.txt": "a", "texts/locked/b.txt": "b", "texts/.locked/c.txt": "c"})
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match="cannot read the folder .*texts/locked: Permission"): read_corpus(tmp_path/"texts")
     if hasattr(os, "geteuid") and os.geteuid() != 0:
         (tmp_path/"empty.txt").chmod(0)
         with pytest.raises(OSError, match="cannot read"): read_corpus(tmp_path/"empty.txt")
@@ -78,11 +84,18 @@ def test_tokenizer_is_deterministic_and_cached(tmp_path, monkeypatch, capsys):
     assert train_tokenizer(texts, 400).hash == a.hash and not capsys.readouterr().out
     assert a.decode(a.encode("ünï 🦊\n\n  x")) == "ünï 🦊\n\n  x"
 
-def test_cache_folder(monkeypatch, tmp_path):
+def test_cache_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PYTHIA_NB_CACHE", str(tmp_path)); assert cache_folder() == tmp_path
     monkeypatch.delenv("PYTHIA_NB_CACHE"); monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path/"pythia_nb"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name/cache"); assert cache_folder().is_absolute()
+    assert "there is no home folder" in capsys.readouterr().out
     (tmp_path/"file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"file"))  # as good as a home folder that can't be written
+    tok = train_tokenizer(toy_texts(), 300)
+    tokens = tokenize(toy_texts(), tok)
+    assert capsys.readouterr().out.count("can't be written") == 1 and len(tokens) > 0
+    assert cache_folder() == tokens.path.parent and train_tokenizer(toy_texts(), 300).hash == tok.hash
     monkeypatch.setenv("PYTHIA_NB_CACHE", str(tmp_path/"file"))
     with pytest.raises(OSError, match="cannot write the cache .* set PYTHIA_NB_CACHE"):
         train_tokenizer(toy_texts(), 300)

@@ -2,12 +2,13 @@
 import contextlib
 import io
 import json
+import matplotlib.pyplot as plt
 import os
 import pytest
 import subprocess
 import sys
 import time
-from pythia_nb.cli import agreement, generate, quickstart
+from pythia_nb.cli import agreement, generate, model_config, pattern_pictures, quickstart, quickstart_parser
 from pythia_nb.config import PythiaConfig
 from pythia_nb.model import Pythia
 
@@ -65,6 +66,25 @@ def test_an_empty_and_an_unreadable_corpus_get_one_sentence(tmp_path):
     for data in ("empty", "binary.txt", "short.txt"):
         code, out, err = run_command(quickstart, [*SMALL, "--data", str(tmp_path / data), "--out", str(tmp_path / "out")])
         assert code == 2 and err.count("\n") == 1, err
+
+def test_a_prompt_that_is_too_long_is_told_before_the_training(tmp_path):
+    data = write_corpus(tmp_path / "text")
+    code, out, err = run_command(quickstart, [*SMALL, "--data", str(data), "--out", str(tmp_path / "out"), "--prompt", "x y " * 3000])
+    assert code == 2 and "shorten --prompt" in err and err.count("\n") == 1 and "2/5" not in out
+
+def test_a_text_that_is_too_short_is_told_before_the_training(tmp_path):
+    data = write_corpus(tmp_path / "text")
+    code, out, err = run_command(quickstart, [*SMALL, "--data", str(data), "--out", str(tmp_path / "out"), "--seq_len", "300000"])
+    assert code == 2 and "smaller seq_len" in err and err.count("\n") == 1 and "2/5" not in out
+
+@pytest.mark.parametrize("pattern, title", [
+    ("mixed", "the model's layout, 64 tokens"), ("[[['dense', 'local'], 2]]", "layout of layer 1, 64"), ("per_head([local, dense])", "the model's layout, head 0"),
+])
+def test_the_fourth_picture_says_what_it_shows(pattern, title):
+    args = quickstart_parser().parse_args([*SMALL, "--pattern", pattern])
+    figure = pattern_pictures(args, Pythia(model_config(args), pattern=pattern, block=16, device="meta"))
+    assert figure.axes[3].get_title().startswith(title)
+    plt.close(figure)
 
 def test_generate_mistakes_get_one_sentence(tmp_path):
     code, out, err = run_command(generate, [str(tmp_path / "nothing"), "--prompt", "x"])
