@@ -116,4 +116,5 @@ def test_streams_graphs_and_repeats():
 def test_the_sources_are_the_ones_that_passed_on_a_gpu():
     verified = json.loads((Path(__file__).parent.parent / "nbs/results/h200/verified.json").read_text())
     assert verified["cuda_forward"] == source_hash(FORWARD), "the kernels were edited since they last passed on a GPU: run pytest -m cuda there"
-    assert verified["passed"] > 300 and verified["failed"] == 0
+    grid = len(HEAD_DIMS) * 4 * 2 * (4 + 3)    # head dims, block sizes, types; kinds of problems forward and backward
+    assert verified["passed"] >= grid and verified["failed"] == 0
