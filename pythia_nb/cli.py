@@ -27,7 +27,6 @@ from .data import Batches, Corpus, TokenView, read_corpus, split, tokenize, trai
 from .generate import Tokenizer, generate_text, stream
 from .layout import check_block
 from .model import Pythia
-from .sparse_model import report_table
 from .train import TrainConfig, plot_history, train
 from .weights import fetch, replacing
 

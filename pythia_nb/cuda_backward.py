@@ -252,7 +252,7 @@ def cuda_backward(
     "Gradients of block-sparse attention by the CUDA kernels; the same bits in every run"
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     q, k, v, do = map(aligned, (q, k, v, do))
-    (B, H, L, D), N, bf16 = q.shape, layout.block, q.dtype == torch.bfloat16
+    (B, H, _, D), N, bf16 = q.shape, layout.block, q.dtype == torch.bfloat16
     with on_device(q.device):
         delta = ((do.float() * o.float()).sum(-1) - dlse).contiguous()
         tensors = dict(q=q, k=k, v=v, dout=do, lse=lse, delta=delta)

@@ -6,24 +6,21 @@
 __all__ = ['SETTINGS', 'HEAD', 'INSTRUCTIONS', 'WALK', 'COPY', 'PRODUCTS', 'WORK', 'FORWARD', 'HEAD_DIMS', 'POINTERS', 'STRIDED',
            'PARAMS', 'Walk', 'simulate_row', 'forward_tile', 'kernel_source', 'source_hash', 'compile_report',
            'cuda_kernel', 'heaviest_first', 'CurrentStream', 'on_device', 'aligned', 'pack_params', 'cuda_forward',
-           'why_no_cuda']
+           'cuda_obstacle', 'why_no_cuda']
 
 # %% ../nbs/07_cuda_forward.ipynb #88e29ea2
 import contextlib
 import functools
 import hashlib
 import importlib.util
-import json
 import math
 import struct
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .config import Table
 from .layout import BlockLayout
 from .reference import all_segments, row_queries
 
@@ -489,14 +486,19 @@ def cuda_forward(
     return o, lse
 
 # %% ../nbs/07_cuda_forward.ipynb #aebdf74f
-@torch.compiler.assume_constant_result
-def why_no_cuda(
-    device: torch.device, dtype: torch.dtype, D: int,
-) -> str:    # empty if the kernels can be used
-    "Why the CUDA kernels can't serve these tensors, in one sentence"
+@functools.cache
+def cuda_obstacle(device: torch.device, dtype: torch.dtype, D: int) -> str:
+    "What stands in the way of the CUDA kernels, in one sentence; empty if nothing does"
     if device.type != "cuda": return f"the tensors are on {device.type}; the CUDA kernels need an NVIDIA GPU"
     if torch.cuda.get_device_capability(device) < (8, 0): return f"{torch.cuda.get_device_name(device)} is older than Ampere (sm_80)"
     if dtype not in (torch.bfloat16, torch.float16): return f"the CUDA kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if D not in HEAD_DIMS: return f"the CUDA kernels take head dims {', '.join(map(str, HEAD_DIMS))}, not {D}"
     if importlib.util.find_spec("cupy") is None: return "CuPy is not installed; install it with: pip install 'pythia_nb[cuda]'"
     return ""
+
+@torch.compiler.assume_constant_result
+def why_no_cuda(
+    device: torch.device, dtype: torch.dtype, D: int,
+) -> str:    # empty if the kernels can be used
+    "Why the CUDA kernels can't serve these tensors; found out once, and a constant for the compiler"
+    return cuda_obstacle(device, dtype, D)
