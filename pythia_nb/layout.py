@@ -84,12 +84,11 @@ class BlockLayout:
 
 # %% ../nbs/04_layout.ipynb #dd73318b
 def pointers(
-    group: Tensor,  # the list that each entry belongs to, int64 [visible]
+    group: Tensor,  # the list that each entry belongs to, rising, int64 or int32 [visible]
     n: int,         # number of lists
 ) -> Tensor:        # int32 [n + 1]
     "Where each list starts, from the list that each entry belongs to"
-    counts = torch.bincount(group, minlength=n)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    return torch.searchsorted(group, torch.arange(n + 1, device=group.device, dtype=group.dtype), out_int32=True)
 
 # %% ../nbs/04_layout.ipynb #27192347
 def full_blocks(
@@ -126,14 +125,14 @@ def from_keys(
     nQ = len(rows)
     if sum(map(len, keys)) >= 2**31:
         raise ValueError(f"{sum(map(len, keys)):,} visible blocks are more than a list can hold (2^31); choose a larger block size")
-    head = torch.repeat_interleave(torch.tensor([len(k) for k in keys], device=keys[0].device))
-    key = torch.cat(keys)
-    r, j = key // nK, key % nK
+    key = torch.cat([k + h * nQ * nK for h, k in enumerate(keys)])
+    row, j = key // nK, key % nK    # rows of all heads, one head after the other
+    r = row % nQ
     full = full_blocks(r + rows.start, j, S, block, causal, segment_ids)
-    by_column = torch.argsort(head * nK + j, stable=True)
+    column, by_column = torch.sort((row // nQ * nK + j).int(), stable=True)
     return BlockLayout(L, S, block, causal, q_start, heads,
-                       pointers(head * nQ + r, heads * nQ), j.int(), full,
-                       pointers(head * nK + j, heads * nK), r[by_column].int(), full[by_column], segment_ids)
+                       pointers(row, heads * nQ), j.int(), full,
+                       pointers(column, heads * nK), r[by_column].int(), full[by_column], segment_ids)
 
 # %% ../nbs/04_layout.ipynb #fc7392a0
 @patch
