@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HEAVY', 'SETTINGS', 'SUMS', 'MEMBERS', 'UNION', 'PLAN', 'DOCUMENTS', 'THREADS', 'BITS', 'Schedule', 'bounds',
            'lists_of', 'group_members', 'union_entries', 'work_items', 'torch_schedule', 'cuda_source',
-           'compile_report', 'CurrentStream', 'on_device', 'cuda_function', 'launch', 'cuda_schedule', 'cuda_state',
-           'schedule', 'new_schedule', 'document_layout', 'cuda_document_layout']
+           'compile_report', 'CurrentStream', 'on_device', 'cuda_function', 'launch_cuda', 'cuda_schedule', 'schedule',
+           'new_schedule', 'document_layout', 'cuda_document_layout']
 
 # %% ../nbs/06b_schedule.ipynb #38e224ec
 import contextlib
@@ -376,8 +376,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) document_lists(
     if (r < nQ) { spans[r] = span; row_ptr[r] = (int)entries + here; }
     entries += total;
   }
-  if (entries > capacity) {
-    if (threadIdx.x == 0) printf("document_layout: the documents have %lld visible blocks and there is room for %d; give a larger capacity\n", entries, capacity);
+  if (entries > capacity && threadIdx.x == 0) {
+    printf("document_layout: the documents have %lld visible blocks and there is room for %d; give a larger capacity\n", entries, capacity);
     asm volatile("trap;");
   }
   if (threadIdx.x == 0) row_ptr[nQ] = (int)entries;
@@ -457,7 +457,7 @@ def cuda_function(name: str):
     import cupy    # optional: only a GPU needs it
     return cupy.RawModule(code=cuda_source(), options=("--std=c++17",)).get_function(name)
 
-def launch(name: str, grid: int, threads: int, device: torch.device, *arguments):
+def launch_cuda(name: str, grid: int, threads: int, device: torch.device, *arguments):
     "Start a kernel: tensors go as their addresses, whole numbers as 32 bits"
     packed = tuple(x.data_ptr() if isinstance(x, Tensor) else np.int32(x) for x in arguments)
     with on_device(device): cuda_function(name)((grid,), (threads,), packed, stream=CurrentStream(device))
@@ -465,7 +465,7 @@ def launch(name: str, grid: int, threads: int, device: torch.device, *arguments)
 # %% ../nbs/06b_schedule.ipynb #a4aedcb8
 def cuda_schedule(
     layout: BlockLayout, columns: bool, group: int, chunk: int,    # as for torch_schedule
-    launch=launch,                                                 # starts a kernel
+    launch=launch_cuda,                                            # starts a kernel
 ) -> Schedule:
     "A schedule by the CUDA kernels; no host synchronisation"
     ptr, blocks, full, n, n_blocks = lists_of(layout, columns)
@@ -487,12 +487,7 @@ def cuda_schedule(
     return Schedule(lists, layout.heads, group, entries, members, items, splits, counts, *limits)
 
 # %% ../nbs/06b_schedule.ipynb #18378b0c
-_schedules = WeakIdKeyDictionary()    # a layout's pointers -> {(columns, group, chunk): (schedule, was captured, stream, event)}
-
-def cuda_state(device: torch.device) -> tuple[bool, int]:
-    "Is a CUDA graph being captured, and which stream is the current one? (False, 0) on other devices"
-    if device.type != "cuda": return False, 0
-    return torch.cuda.is_current_stream_capturing(), torch._C._cuda_getCurrentRawStream(device.index)
+_schedules = WeakIdKeyDictionary()    # a layout's pointers -> {(columns, group, chunk): (schedule, stream, event or None)}
 
 def schedule(
     layout: BlockLayout,
@@ -501,17 +496,19 @@ def schedule(
     chunk: int,       # a group with more entries is split
 ) -> Schedule:
     "What the CUDA kernels walk; remembered with the layout, made on its device without a host synchronisation"
-    ptr = layout.col_ptr if columns else layout.row_ptr
-    known, key, (capturing, stream) = _schedules.setdefault(ptr, {}), (bool(columns), group, chunk), cuda_state(ptr.device)
-    if key in known and (capturing or not known[key][1]):
-        made, _, its_stream, event = known[key]
-        if event is not None and stream != its_stream and not capturing: torch.cuda.current_stream(ptr.device).wait_event(event)
-        return made
+    ptr, key = layout.col_ptr if columns else layout.row_ptr, (bool(columns), group, chunk)
+    stream = torch._C._cuda_getCurrentRawStream(ptr.device.index) if ptr.is_cuda else None
+    known = _schedules.setdefault(ptr, {})
+    made, its_stream, event = known.get(key, (None, None, None))    # no event: made on the CPU, or in a capture
+    if made is not None and stream == its_stream and (event is not None or stream is None): return made
+    capturing = ptr.is_cuda and torch.cuda.is_current_stream_capturing()
+    if made is not None and capturing: return made
+    if event is not None: torch.cuda.current_stream(ptr.device).wait_event(event); return made
     made = new_schedule(layout, columns, group, chunk)
-    event = torch.cuda.current_stream(ptr.device).record_event() if ptr.is_cuda and not capturing else None
-    known[key] = made, capturing, stream, event
+    known[key] = made, stream, torch.cuda.current_stream(ptr.device).record_event() if ptr.is_cuda and not capturing else None
     return made
 
+# %% ../nbs/06b_schedule.ipynb #1b8815af
 def new_schedule(layout: BlockLayout, columns: bool, group: int, chunk: int) -> Schedule:
     "A schedule by the CUDA kernels where there are a GPU and CuPy, else by PyTorch; raises ValueError for a group or chunk that is none"
     if group not in (1, 2, 4, 8): raise ValueError(f"group is {group!r}; a program takes 1, 2, 4 or 8 lists")
@@ -538,7 +535,7 @@ def document_layout(
     if segment_ids.ndim != 1 or segment_ids.is_floating_point() or len(segment_ids) < S:
         raise ValueError(f"the segment ids are {list(segment_ids.shape)} of {segment_ids.dtype}; give a whole number for each of the {S} tokens, [S]")
     if q_start < 0 and not causal: raise ValueError(f"q_start is {q_start}; without the causal rule queries start at 0 or later")
-    if launch is None and segment_ids.is_cuda and importlib.util.find_spec("cupy") is not None: launch = globals()["launch"]
+    if launch is None and segment_ids.is_cuda and importlib.util.find_spec("cupy") is not None: launch = launch_cuda
     if launch is None: return document(segment_ids).layout(L, S, block, causal, segment_ids.device, q_start)
     return cuda_document_layout(segment_ids[:max(S, q_start + L)], L, S, block, causal, q_start, capacity, launch)
 

@@ -5,6 +5,7 @@ import pytest
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import torch
@@ -103,7 +104,7 @@ def test_a_million_tokens_in_seconds():
         items, entries, splits, _ = plan.counts.tolist()
         assert entries <= layout.visible and items >= plan.lists and (plan.items[:items, 2] - plan.items[:items, 1]).max() <= 64
         if columns: assert splits > 0
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 10    # measured: about one
 
 
 EMULATOR = r'''
@@ -179,7 +180,7 @@ def emulator():
         return ctypes.CDLL(f"{folder}/kernels.so")
 
 def emulate(name, grid, threads, device, *arguments):
-    "`launch`, on the CPU"
+    "`launch_cuda`, on the CPU"
     if name == "plan": arguments = (*arguments[:8], 6, *arguments[9:])    # six passes of 2 bits for lengths below 4096
     values = [x.data_ptr() if isinstance(x, Tensor) else int(x) for x in arguments]
     getattr(emulator(), f"start_{name}")(grid, min(threads, 64) if name in ("plan", "group_members", "document_lists") else threads,
@@ -235,7 +236,7 @@ def test_gpu_schedules_equal_the_definition(layout, columns, group, chunk):
 @pytest.mark.parametrize("columns", [False, True])
 def test_gpu_schedules_of_large_layouts(columns, group):
     for pattern in (P.bigbird(), P.per_head([P.strided(64) | P.local(2), P.local(8), P.dense() - P.local(500)])):
-        layout = pattern.layout(131_072, block=64)
+        layout = pattern.layout(65_536, block=64)
         for chunk in (32, 100_000): assert_same_schedule(schedule(layout.to("cuda"), columns, group, chunk), torch_schedule(layout, columns, group, chunk))
 
 
@@ -280,6 +281,7 @@ def test_a_graph_rebuilds_layout_and_schedules():
 
 @pytest.mark.cuda
 def test_schedules_of_a_capture_are_not_used_outside():
+    schedule(P.local(1).layout(64).to("cuda"), False, 1, 16)    # compiles, which no capture allows
     layout = P.bigbird().layout(8192).to("cuda")
     torch.cuda.synchronize()
     with torch.cuda.graph(torch.cuda.CUDAGraph()): inside = schedule(layout, False, 1, 16)    # never replayed
@@ -291,6 +293,19 @@ def test_schedules_of_a_capture_are_not_used_outside():
     first = schedule(fresh, True, 1, 16)
     with torch.cuda.stream(side): assert schedule(fresh, True, 1, 16) is first and first.counts[0] > 0
     assert_same_schedule(first, torch_schedule(fresh.to("cpu"), True, 1, 16))
+
+
+@pytest.mark.cuda
+def test_documents_that_need_more_room_stop_the_program():
+    program = """if True:
+        import torch
+        from pythia_nb.schedule import document_layout
+        ids = torch.arange(4, device="cuda").repeat_interleave(256)    # 4 documents of 4 blocks: 40 visible
+        document_layout(ids, capacity=40); torch.cuda.synchronize(); print("enough room")
+        document_layout(ids, capacity=39); torch.cuda.synchronize(); print("not reached")
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)    # the error ends the process's use of the GPU
+    assert done.returncode != 0 and "CUDA error" in done.stderr and "enough room" in done.stdout and "not reached" not in done.stdout, done
 
 
 def gpu_microseconds(work, repeats=50):
