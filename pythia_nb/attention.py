@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BUDGET', 'BACKENDS', 'library', 'attention_forward', 'attention_backward', 'DTYPES', 'Piece', 'pieces', 'to_blocks',
            'from_blocks', 'hide_pairs', 'Blocked', 'cut', 'gather', 'piece_scores', 'torch_forward', 'torch_backward',
-           'warn_once', 'choose_backend', 'flatten', 'unflatten', 'call_backend', 'add_operator', 'run_forward',
-           'fake_forward', 'run_backward', 'fake_backward', 'save_for_backward', 'incoming', 'no_second_derivative',
-           'no_forward_mode', 'TransformedBackward', 'call_operator', 'differentiate', 'TransformedForward', 'watched',
-           'EagerAttention', 'attend', 'check_inputs', 'check_masks', 'fold_sign', 'block_sparse_attention']
+           'on_cuda_forward', 'on_cuda_backward', 'warn_once', 'choose_backend', 'flatten', 'unflatten', 'call_backend',
+           'add_operator', 'run_forward', 'fake_forward', 'run_backward', 'fake_backward', 'save_for_backward',
+           'incoming', 'no_second_derivative', 'no_forward_mode', 'TransformedBackward', 'call_operator',
+           'differentiate', 'TransformedForward', 'watched', 'EagerAttention', 'attend', 'check_inputs', 'check_masks',
+           'fold_sign', 'block_sparse_attention']
 
 # %% ../nbs/11_attention.ipynb #1a8724e6
 import functools
@@ -24,7 +25,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .cuda_backward import cuda_backward
-from .cuda_forward import cuda_forward, why_no_cuda
+from .cuda_basics import why_no_cuda
+from .cuda_float32 import float32_backward, float32_forward
+from .cuda_forward import cuda_forward
 from .layout import BlockLayout
 from .reference import head_slices, split_segments
 
@@ -190,8 +193,17 @@ def torch_backward(
     return tuple(torch.empty_like(t).copy_(from_blocks(d, before, t.shape[2]))
                  for t, d, before in ((q, dq, x.before), (k, dk, 0), (v, dv, 0)))
 
+# %% ../nbs/11_attention.ipynb #b81d0c55
+def on_cuda_forward(q, *rest):
+    "The CUDA forward pass for q's type: tensor cores for 16 bits, [fp32 units](06d_cuda_float32.ipynb) for 32"
+    return (float32_forward if q.dtype == torch.float32 else cuda_forward)(q, *rest)
+
+def on_cuda_backward(do, dlse, q, *rest):
+    "The CUDA backward pass for q's type"
+    return (float32_backward if q.dtype == torch.float32 else cuda_backward)(do, dlse, q, *rest)
+
 # %% ../nbs/11_attention.ipynb #c55d0192
-BACKENDS = {"torch": (torch_forward, torch_backward), "cuda": (cuda_forward, cuda_backward)}    # name -> (forward, backward)
+BACKENDS = {"torch": (torch_forward, torch_backward), "cuda": (on_cuda_forward, on_cuda_backward)}    # name -> (forward, backward)
 
 @functools.cache
 @torch.compiler.assume_constant_result    # so that the compiler doesn't trace it
