@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNITS', 'PREPARE', 'BACKWARD', 'COMBINE_COLUMNS', 'FINISH', 'MAIN', 'AROUND', 'AROUND_TILE', 'BOUND_ROWS', 'dq_units',
            'simulate_columns', 'simulate_backward', 'backward_shared', 'backward_tiles', 'backward_parts',
-           'backward_hash', 'heads_at_once', 'prepare_blocks', 'cuda_backward']
+           'backward_hash', 'heads_at_once', 'backward_kernels', 'prepare_blocks', 'cuda_backward']
 
 # %% ../nbs/08_cuda_backward.ipynb #7a408c6f
 import functools
@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .cuda_basics import aligned, mask_tensors, pack_params
+from .cuda_basics import Kernel, aligned, mask_tensors, pack_params
 from .cuda_forward import Tile, choose_tile, cuda_kernel, make_plan, multiprocessors, partial_rows, simulate_work, source_hash
 from .layout import BlockLayout
 from .schedule import schedule
@@ -452,6 +452,14 @@ def heads_at_once(L: int, D: int, wide: int, device: torch.device) -> int:
     "Sequences and heads of an item that are started side by side: what they read and add to is about twice the L2 cache"
     return max(1, min(wide, 2 * torch.cuda.get_device_properties(device).L2_cache_size // (12 * L * D)))
 
+@functools.cache
+def backward_kernels(D: int, N: int, bf16: bool, device: torch.device) -> tuple[Tile, Kernel, list[Kernel], Kernel, Kernel]:
+    "The variant for a head dim, block size, type and device: its tile, and the kernels in the order in which they run"
+    t = choose_tile(backward_tiles(D, N), backward_shared, D, device)
+    def around(name): return cuda_kernel(name, AROUND, D, N, AROUND_TILE, bf16, 0, device, 256)
+    mains = [cuda_kernel("attention_backward", MAIN, D, N, t, bf16, backward_shared(t, D), device, part=part) for part in backward_parts(D)]
+    return t, around("attention_prepare"), mains, cuda_kernel("attention_combine_columns", MAIN, D, N, t, bf16, 0, device, 256), around("attention_dq")
+
 def prepare_blocks(B: int, H: int, L: int, S: int, D: int, device: torch.device) -> int:
     "Thread blocks of the first kernel: for keys, for queries, and eight a multiprocessor that zero the sums"
     side = D // 8 if 32 % (D // 8) == 0 else 1
@@ -466,8 +474,9 @@ def cuda_backward(
     "Gradients of block-sparse attention by the CUDA kernels; the same bits in every run"
     dq, dk, dv = (aligned(torch.empty_like(t)) for t in (q, k, v))
     q, k, v, o, do = aligned(q), aligned(k), aligned(v), aligned(o), aligned(do)
-    (B, H, L, D), N, S, device, bf16 = q.shape, layout.block, k.shape[2], q.device, q.dtype == torch.bfloat16
-    t, wide = choose_tile(tuple(backward_tiles(D, N)), backward_shared, D, device), B if layout.heads > 1 else B * H
+    (B, H, L, D), N, S, device = q.shape, layout.block, k.shape[2], q.device
+    t, prepare, mains, combine, finish = backward_kernels(D, N, q.dtype == torch.bfloat16, device)
+    wide = B if layout.heads > 1 else B * H
     plan, strips = make_plan(layout, True, t, wide, device), layout.nQ * N // 16
     bounds = torch.zeros(B * H * (D + 1), dtype=torch.int32, device=device)
     dq_sum = torch.empty(B * H * strips * 16 * D, dtype=torch.int32, device=device)
@@ -477,10 +486,8 @@ def cuda_backward(
         plan, layout, scale, mask_tensors(layout, segments, kv_lengths, B), segments is not None, q, k, v, o=o, dout=do, dq=dq, dk=dk, dv=dv,
         lse=lse.contiguous(), dlse=None if dlse is None else dlse.contiguous(), rows=rows, bounds=bounds, dq_sum=dq_sum,
         partial=rows.new_empty((2, n, D)) if n else None, strips=strips, heads_at_once=heads_at_once(L, D, wide, device))
-    def around(name): return cuda_kernel(name, AROUND, D, N, AROUND_TILE, bf16, 0, device, 256)
-    around("attention_prepare")(prepare_blocks(B, H, L, S, D, device), params)
-    for part in backward_parts(D):
-        cuda_kernel("attention_backward", MAIN, D, N, t, bf16, backward_shared(t, D), device, part=part)(plan.max_items * wide * t.parts(N), params)
-    if n: cuda_kernel("attention_combine_columns", MAIN, D, N, t, bf16, 0, device, 256)(2 * plan.max_splits * wide, params)
-    around("attention_dq")(-(-B * H * strips * 2 * D // 256), params)
+    prepare(prepare_blocks(B, H, L, S, D, device), params)
+    for main in mains: main(plan.max_items * wide * t.parts(N), params)
+    if n: combine(2 * plan.max_splits * wide, params)
+    finish(-(-B * H * strips * 2 * D // 256), params)
     return dq, dk, dv

@@ -6,7 +6,7 @@
 __all__ = ['SETTINGS', 'SHAPES', 'INSTRUCTIONS', 'WORK', 'COPY', 'PRODUCTS', 'FORWARD', 'COMBINE', 'Work', 'simulate_work',
            'simulate_rows', 'simulate_forward', 'Tile', 'forward_shared', 'forward_tiles', 'kernel_source',
            'source_hash', 'forward_hash', 'chunk_size', 'multiprocessors', 'choose_tile', 'make_plan', 'cuda_kernel',
-           'partial_rows', 'cuda_forward', 'tflops_table']
+           'forward_kernels', 'partial_rows', 'cuda_forward', 'tflops_table']
 
 # %% ../nbs/07_cuda_forward.ipynb #88e29ea2
 import functools
@@ -600,8 +600,7 @@ def multiprocessors(device: torch.device) -> int:
     "Multiprocessors of a GPU"
     return torch.cuda.get_device_properties(device).multi_processor_count
 
-@functools.cache
-def choose_tile(tiles: tuple[Tile, ...], shared, D: int, device: torch.device) -> Tile:
+def choose_tile(tiles: list[Tile], shared, D: int, device: torch.device) -> Tile:
     "The first variant whose shared memory the device has"
     return next(t for t in tiles if shared(t, D) <= max_shared_memory(device))
 
@@ -610,10 +609,16 @@ def make_plan(layout: BlockLayout, columns: bool, t: Tile, wide: int, device: to
     return schedule(layout, columns, t.group(layout.block), chunk_size(layout.visible * wide, t.CTAS * multiprocessors(device)))
 
 # %% ../nbs/07_cuda_forward.ipynb #6a428e25
-@functools.cache
 def cuda_kernel(name: str, body: str, D: int, N: int, t: Tile, bf16: bool, shared: int, device: torch.device, threads: int = 0, part: int = 3) -> Kernel:
-    "A kernel of this chapter or the next, compiled when it is first used"
+    "A kernel of this chapter or the next"
     return Kernel(kernel_source(body, D, N, t, bf16, part), name, threads or t.threads, shared, device)
+
+@functools.cache
+def forward_kernels(D: int, N: int, bf16: bool, device: torch.device) -> tuple[Tile, Kernel, Kernel]:
+    "The variant for a head dim, block size, type and device, compiled when it is first used: its tile, the kernel, and the one that combines parts"
+    t = choose_tile(forward_tiles(D, N), forward_shared, D, device)
+    return (t, cuda_kernel("attention_forward", FORWARD + COMBINE, D, N, t, bf16, forward_shared(t, D), device),
+            cuda_kernel("attention_combine", FORWARD + COMBINE, D, N, t, bf16, 0, device, 256))
 
 def partial_rows(plan: Schedule, wide: int, N: int) -> int:
     "Rows of the parts' results"
@@ -628,16 +633,17 @@ def cuda_forward(
 ) -> tuple[Tensor, Tensor]:                  # o like q, lse [B, H, L] fp32
     "Block-sparse attention by the CUDA kernel"
     q, k, v = aligned(q), aligned(k), aligned(v)
-    (B, H, L, D), N, device, bf16 = q.shape, layout.block, q.device, q.dtype == torch.bfloat16
-    t, wide = choose_tile(tuple(forward_tiles(D, N)), forward_shared, D, device), B if layout.heads > 1 else B * H
+    (B, H, L, D), N, device = q.shape, layout.block, q.device
+    t, kernel, combine = forward_kernels(D, N, q.dtype == torch.bfloat16, device)
+    wide = B if layout.heads > 1 else B * H
     plan = make_plan(layout, False, t, wide, device)
     o, lse = torch.empty_like(q), q.new_empty((B, H, L), dtype=torch.float32)
     n = partial_rows(plan, wide, N)
     partial, partial_lse = (lse.new_empty((n, D)), lse.new_empty(n)) if n else (None, None)
     params = pack_params(plan, layout, scale, mask_tensors(layout, segments, kv_lengths, B), segments is not None,
                          q, k, v, out=o, lse=lse, partial=partial, partial_lse=partial_lse, heads_at_once=wide)
-    cuda_kernel("attention_forward", FORWARD, D, N, t, bf16, forward_shared(t, D), device)(plan.max_items * wide * t.parts(N), params)
-    if n: cuda_kernel("attention_combine", COMBINE, D, N, t, bf16, 0, device, 256)(plan.max_splits * wide, params)
+    kernel(plan.max_items * wide * t.parts(N), params)
+    if n: combine(plan.max_splits * wide, params)
     return o, lse
 
 # %% ../nbs/07_cuda_forward.ipynb #4d0fe3c0
