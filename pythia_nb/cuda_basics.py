@@ -179,7 +179,7 @@ def raw_module(source: str):
 
 # %% ../nbs/06c_cuda_basics.ipynb #4f81f7f9
 def aligned(t: Tensor) -> Tensor:
-    "The tensor itself if a kernel can read its rows in steps of 16 bytes, else a copy"
-    size, strides = t.element_size(), t.stride()
-    fine = strides[-1] == 1 and not t.data_ptr() % 16 and not any(s * size % 16 for s in strides[:-1])
+    "A tensor [B, H, L, D] itself if a kernel can read its rows in steps of 16 bytes, else a copy"
+    batch, head, row, d = t.stride()
+    fine = d == 1 and not ((batch | head | row) * t.element_size() | t.data_ptr()) & 15    # all four are multiples of 16 bytes
     return t if fine else t.clone(memory_format=torch.contiguous_format)
