@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .cuda_basics import Kernel, aligned, mask_tensors, pack_params
+from .cuda_basics import Kernel, aligned, as_given, mask_tensors, pack_params
 from .cuda_forward import Tile, choose_tile, cuda_kernel, make_plan, multiprocessors, partial_rows, simulate_work, source_hash
 from .layout import BlockLayout
 from .schedule import schedule
@@ -472,8 +472,9 @@ def cuda_backward(
     layout: BlockLayout, scale: float, segments, kv_lengths,
 ) -> tuple[Tensor, Tensor, Tensor]:          # dq, dk, dv like q, k, v
     "Gradients of block-sparse attention by the CUDA kernels; the same bits in every run"
-    dq, dk, dv = (aligned(torch.empty_like(t)) for t in (q, k, v))
+    given, masks, lse, dlse = (q, k, v), mask_tensors(layout, segments, kv_lengths, len(q)), lse.contiguous(), None if dlse is None else dlse.contiguous()
     q, k, v, o, do = aligned(q), aligned(k), aligned(v), aligned(o), aligned(do)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     (B, H, L, D), N, S, device = q.shape, layout.block, k.shape[2], q.device
     t, prepare, mains, combine, finish = backward_kernels(D, N, q.dtype == torch.bfloat16, device)
     wide = B if layout.heads > 1 else B * H
@@ -482,12 +483,12 @@ def cuda_backward(
     dq_sum = torch.empty(B * H * strips * 16 * D, dtype=torch.int32, device=device)
     rows = lse.new_empty((B, H, L, 4))
     n = partial_rows(plan, wide, N)
+    partial = rows.new_empty((2, n, D)) if n else None
     params = pack_params(
-        plan, layout, scale, mask_tensors(layout, segments, kv_lengths, B), segments is not None, q, k, v, o=o, dout=do, dq=dq, dk=dk, dv=dv,
-        lse=lse.contiguous(), dlse=None if dlse is None else dlse.contiguous(), rows=rows, bounds=bounds, dq_sum=dq_sum,
-        partial=rows.new_empty((2, n, D)) if n else None, strips=strips, heads_at_once=heads_at_once(L, D, wide, device))
+        plan, layout, scale, masks, segments is not None, q, k, v, o=o, dout=do, dq=dq, dk=dk, dv=dv, lse=lse, dlse=dlse, rows=rows, bounds=bounds,
+        dq_sum=dq_sum, partial=partial, strips=strips, heads_at_once=heads_at_once(L, D, wide, device))
     prepare(prepare_blocks(B, H, L, S, D, device), params)
     for main in mains: main(plan.max_items * wide * t.parts(N), params)
     if n: combine(2 * plan.max_splits * wide, params)
     finish(-(-B * H * strips * 2 * D // 256), params)
-    return dq, dk, dv
+    return tuple(map(as_given, (dq, dk, dv), given, (q, k, v)))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HEAD_DIMS', 'PARAMS', 'PACK', 'PACKED', 'OPTIONS', 'cuda_obstacle', 'why_no_cuda', 'schedule_pointers',
            'mask_tensors', 'pack_params', 'compile_report', 'check_compiles', 'CurrentStream', 'max_shared_memory',
-           'on_device', 'Kernel', 'raw_module', 'aligned']
+           'on_device', 'Kernel', 'raw_module', 'aligned', 'as_given']
 
-# %% ../nbs/06c_cuda_basics.ipynb #62589438
+# %% ../nbs/06c_cuda_basics.ipynb #159268ea
 import functools
 import importlib.util
 import re
@@ -20,7 +20,7 @@ from torch import Tensor
 from .layout import BlockLayout
 from .reference import all_segments
 
-# %% ../nbs/06c_cuda_basics.ipynb #9c5d6cdc
+# %% ../nbs/06c_cuda_basics.ipynb #4a001ac3
 HEAD_DIMS = (32, 64, 80, 128, 256)    # what the kernels are compiled for
 
 @functools.cache
@@ -41,7 +41,7 @@ def why_no_cuda(
     "Why the CUDA kernels can't serve these tensors; found out once, and a constant for the compiler"
     return cuda_obstacle(device, dtype, D)
 
-# %% ../nbs/06c_cuda_basics.ipynb #fee3eba2
+# %% ../nbs/06c_cuda_basics.ipynb #1807d2b7
 PARAMS = r'''
 typedef unsigned int u32; typedef unsigned short u16; typedef unsigned long long u64; typedef long long i64;
 struct Params {
@@ -55,11 +55,11 @@ struct Params {
 };
 '''
 
-# %% ../nbs/06c_cuda_basics.ipynb #02251c22
+# %% ../nbs/06c_cuda_basics.ipynb #2cc96cd9
 PACK = struct.Struct("24Q16q8i14if0q")    # Params as Python sees it; 0q pads to 8 bytes as C++ does
 PACKED = np.dtype(f"V{PACK.size}")        # an array of one such element is passed to a kernel by value
 
-# %% ../nbs/06c_cuda_basics.ipynb #8d979176
+# %% ../nbs/06c_cuda_basics.ipynb #dabf5c0b
 def schedule_pointers(plan) -> tuple[int, ...]:    # of items, entries, counts, splits, members
     "Where a schedule's tensors are; found out once and kept with the schedule"
     known = vars(plan).get("pointers")
@@ -67,7 +67,7 @@ def schedule_pointers(plan) -> tuple[int, ...]:    # of items, entries, counts, 
         known = vars(plan)["pointers"] = tuple(t.data_ptr() for t in (plan.items, plan.entries, plan.counts, plan.splits, plan.members))
     return known
 
-# %% ../nbs/06c_cuda_basics.ipynb #eb40a28a
+# %% ../nbs/06c_cuda_basics.ipynb #7a2f0dd9
 def mask_tensors(
     layout: BlockLayout,
     segments: tuple[Tensor, Tensor] | None,    # documents of queries [B, L] and keys [B, S], given with the call
@@ -80,7 +80,7 @@ def mask_tensors(
         q_ids, k_ids = (t.expand(B, -1).int().contiguous() for t in all_segments(layout, segments))
     return q_ids, k_ids, None if kv_lengths is None else kv_lengths.int().contiguous()
 
-# %% ../nbs/06c_cuda_basics.ipynb #0c9d32f9
+# %% ../nbs/06c_cuda_basics.ipynb #1edcb6ff
 def pack_params(
     plan, layout: BlockLayout, scale: float,    # a Schedule, the layout it is of, and σ
     masks: tuple,                               # from `mask_tensors`
@@ -93,17 +93,19 @@ def pack_params(
 ) -> np.ndarray:    # one element, `Params`
     "The kernels' one argument; `out` has the strides of `o`"
     B, H, L, _ = q.shape
-    tensors = q, k, v, o, dout, out, dq, dk, dv, lse, dlse, rows, bounds, dq_sum, partial, partial_lse
-    strides = [_NONE if t is None else t.stride() for t in (q, k, v, out if o is None else o, dout, dq, dk, dv)]
+    pointers, outer, rows_apart = [], [], []    # plain loops: half the time of tidier ways
+    for t in (q, k, v, o, dout, out, dq, dk, dv, lse, dlse, rows, bounds, dq_sum, partial, partial_lse): pointers.append(0 if t is None else t.data_ptr())
+    pointers += schedule_pointers(plan)
+    for t in masks: pointers.append(0 if t is None else t.data_ptr())
+    for t in (q, k, v, out if o is None else o, dout, dq, dk, dv):
+        batch, head, row, _ = (0, 0, 0, 0) if t is None else t.stride()
+        outer += batch, head
+        rows_apart.append(row)
     return np.frombuffer(PACK.pack(
-        *[0 if t is None else t.data_ptr() for t in tensors], *schedule_pointers(plan), *[0 if t is None else t.data_ptr() for t in masks],
-        *[n for s in strides for n in s[:2]], *[s[2] for s in strides],
-        B, H, L, layout.S, plan.lists, plan.heads, layout.q_start, layout.q_start // layout.block, layout.causal, untrusted,
-        strips, heads_at_once, plan.max_items, plan.max_slots, scale), PACKED)
+        *pointers, *outer, *rows_apart, B, H, L, layout.S, plan.lists, plan.heads, layout.q_start, layout.q_start // layout.block,
+        layout.causal, untrusted, strips, heads_at_once, plan.max_items, plan.max_slots, scale), PACKED)
 
-_NONE = 0, 0, 0, 0
-
-# %% ../nbs/06c_cuda_basics.ipynb #fff587dd
+# %% ../nbs/06c_cuda_basics.ipynb #3c9c31b3
 OPTIONS = ("--std=c++17", "-default-device")    # the latter lets kernels call lambdas and constexpr functions
 
 def compile_report(
@@ -121,7 +123,7 @@ def compile_report(
     nvrtc.nvrtcDestroyProgram(program)
     return error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
 
-# %% ../nbs/06c_cuda_basics.ipynb #5147c835
+# %% ../nbs/06c_cuda_basics.ipynb #c35ecbd1
 def check_compiles(
     source: str,                                  # a kernel's whole source
     archs: tuple[str, ...] = ("sm_80", "sm_90a"),
@@ -136,7 +138,7 @@ def check_compiles(
         registers[arch] = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     return registers
 
-# %% ../nbs/06c_cuda_basics.ipynb #93abc8fe
+# %% ../nbs/06c_cuda_basics.ipynb #88971dee
 class CurrentStream:
     "PyTorch's current stream on a device, for CuPy; asked anew at every launch"
     def __init__(self, index: int): self.index = index
@@ -144,7 +146,7 @@ class CurrentStream:
     @property
     def ptr(self) -> int: return torch._C._cuda_getCurrentRawStream(self.index)
 
-# %% ../nbs/06c_cuda_basics.ipynb #1932543a
+# %% ../nbs/06c_cuda_basics.ipynb #ab1599ca
 @functools.cache
 def max_shared_memory(device: torch.device) -> int:
     "Bytes of shared memory that one thread block may have"
@@ -154,7 +156,7 @@ def on_device(device: torch.device):
     "A context in which `device` is the current one"
     return torch.cuda.device(device)
 
-# %% ../nbs/06c_cuda_basics.ipynb #9f2b35ed
+# %% ../nbs/06c_cuda_basics.ipynb #40bb8b51
 class Kernel:
     "A compiled kernel on one device; calling it with a number of thread blocks and `Params` launches it on PyTorch's current stream"
     def __init__(self, source: str, name: str, threads: int, shared: int, device: torch.device):
@@ -175,9 +177,13 @@ def raw_module(source: str):
     import cupy    # optional: only a GPU needs it
     return cupy.RawModule(code=source, options=OPTIONS)
 
-# %% ../nbs/06c_cuda_basics.ipynb #6d437028
+# %% ../nbs/06c_cuda_basics.ipynb #4f81f7f9
 def aligned(t: Tensor) -> Tensor:
-    "The tensor itself if a kernel can read its rows in steps of 16 bytes, else a copy"
-    size, strides = t.element_size(), t.stride()
-    fine = strides[-1] == 1 and not t.data_ptr() % 16 and not any(s * size % 16 for s in strides[:-1])
+    "A tensor [B, H, L, D] itself if a kernel can read its rows in steps of 16 bytes, else a copy"
+    batch, head, row, d = t.stride()
+    fine = d == 1 and not ((batch | head | row) * t.element_size() | t.data_ptr()) & 15    # all four are multiples of 16 bytes
     return t if fine else t.clone(memory_format=torch.contiguous_format)
+
+def as_given(result: Tensor, given: Tensor, used: Tensor) -> Tensor:
+    "A result with the strides that PyTorch expects, those of an empty tensor like what was given, where a copy was used"
+    return result if given is used else torch.empty_like(given).copy_(result)

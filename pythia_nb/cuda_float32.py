@@ -7,17 +7,17 @@ __all__ = ['SETTINGS', 'SHAPES', 'COPY', 'LOAD', 'PRODUCTS', 'WORK', 'MASK', 'FO
            'DQ', 'DKV', 'COMBINE_BACKWARD', 'TILES', 'shared_memory', 'tile', 'float32_source', 'float32_kernel',
            'float32_plan', 'partial_rows', 'float32_forward', 'float32_backward']
 
-# %% ../nbs/06d_cuda_float32.ipynb #305cac21
+# %% ../nbs/06d_cuda_float32.ipynb #6f68e4c8
 import functools
 
 import torch
 from torch import Tensor
 
-from .cuda_basics import PARAMS, Kernel, aligned, mask_tensors, max_shared_memory, pack_params
+from .cuda_basics import PARAMS, Kernel, aligned, as_given, mask_tensors, max_shared_memory, pack_params
 from .layout import BlockLayout
 from .schedule import schedule
 
-# %% ../nbs/06d_cuda_float32.ipynb #331e9557
+# %% ../nbs/06d_cuda_float32.ipynb #5ccc2657
 SETTINGS = """
 #define T float
 #define D {D}
@@ -39,7 +39,7 @@ constexpr float LOG2E = 1.4426950408889634f;
 static_assert(TY * TM == BM && TX * TN == BN && TX * TD == D && NB % TX == 0, "tiles must divide evenly");
 '''
 
-# %% ../nbs/06d_cuda_float32.ipynb #071b165b
+# %% ../nbs/06d_cuda_float32.ipynb #fa99699e
 COPY = r'''
 __device__ __forceinline__ void copy_async(float* dst, const float* src, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"((u32)__cvta_generic_to_shared(dst)), "l"(src), "r"(there ? 16 : 0) : "memory");
@@ -47,7 +47,7 @@ __device__ __forceinline__ void copy_async(float* dst, const float* src, bool th
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 '''
 
-# %% ../nbs/06d_cuda_float32.ipynb #99cbdf61
+# %% ../nbs/06d_cuda_float32.ipynb #7f225e0e
 LOAD = r'''
 // Copy rows of a tensor to shared memory, zeros where there is no row: at(row) gives the row's index in the tensor, or something outside 0 … count - 1
 template <int ROWS, typename At> __device__ __forceinline__ void load_rows(float* dst, const float* src, int stride, int count, At at) {
@@ -74,7 +74,7 @@ template <int n> __device__ __forceinline__ void put(float* to, const float* x) 
 }
 '''
 
-# %% ../nbs/06d_cuda_float32.ipynb #e97f3f50
+# %% ../nbs/06d_cuda_float32.ipynb #94f877e3
 PRODUCTS = r'''
 __device__ __forceinline__ int tx() { return threadIdx.x % TX; }
 __device__ __forceinline__ int ty() { return threadIdx.x / TX; }
@@ -139,7 +139,7 @@ __device__ __forceinline__ float row_sum(float x) {
 }
 '''
 
-# %% ../nbs/06d_cuda_float32.ipynb #833660bf
+# %% ../nbs/06d_cuda_float32.ipynb #fc44726d
 WORK = r'''
 // What a CTA works on: sequence b, head h, list entries start … end - 1 of list `at`, and where its rows lie; slot: the place of a part of a list, or -1
 struct Work { int b, h, at, start, end, slot, first; };
@@ -186,7 +186,7 @@ template <typename Put> __device__ __forceinline__ void stream(const Params& p, 
 }
 '''
 
-# %% ../nbs/06d_cuda_float32.ipynb #fa98862c
+# %% ../nbs/06d_cuda_float32.ipynb #708280e7
 MASK = r'''
 __device__ __forceinline__ int key_count(const Params& p, int b) { return p.kv_lengths ? max(0, min(p.kv_lengths[b], p.S)) : p.S; }
 // May the query see the key, by the causal order, the keys that there are, and the documents?
@@ -218,7 +218,7 @@ __device__ __forceinline__ void store(const Params& p, const Work& w, const floa
 }
 '''
 
-# %% ../nbs/06d_cuda_float32.ipynb #667d1f3c
+# %% ../nbs/06d_cuda_float32.ipynb #da40841e
 FORWARD = r'''
 extern "C" __global__ void __launch_bounds__(THREADS, 1) float32_forward(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) float shared[];
@@ -288,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) float32_forward(const _
 }
 '''
 
-# %% ../nbs/06d_cuda_float32.ipynb #7ca7ab30
+# %% ../nbs/06d_cuda_float32.ipynb #2b90ccaf
 COMBINE = r'''
 // The parts of a list together. Here: which list, sequence and head, where the parts' rows are, and the rows' index in the tensor.
 struct Parts { int b, h, first, count; i64 row; int wide, bh, at; };
@@ -334,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(256) float32_combine(const __grid_c
 }
 '''
 
-# %% ../nbs/06d_cuda_float32.ipynb #ca77a39a
+# %% ../nbs/06d_cuda_float32.ipynb #bc8e1d9f
 ROWS = r'''
 // What the backward needs of each query: lse (+inf for one that sees nothing: then p = exp(s - inf) = 0) and delta = dO · o - dlse. 8 threads a query.
 extern "C" __global__ void __launch_bounds__(256) float32_rows(const __grid_constant__ Params p) {
@@ -356,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(256) float32_rows(const __grid_cons
 }
 '''
 
-# %% ../nbs/06d_cuda_float32.ipynb #bb22b112
+# %% ../nbs/06d_cuda_float32.ipynb #9706c4ab
 DQ = r'''
 extern "C" __global__ void __launch_bounds__(THREADS, 1) float32_dq(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) float shared[];
@@ -418,7 +418,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) float32_dq(const __grid
 }
 '''
 
-# %% ../nbs/06d_cuda_float32.ipynb #69eeac97
+# %% ../nbs/06d_cuda_float32.ipynb #3b125cd4
 DKV = r'''
 extern "C" __global__ void __launch_bounds__(THREADS, 1) float32_dkv(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) float shared[];
@@ -485,7 +485,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) float32_dkv(const __gri
 }
 '''
 
-# %% ../nbs/06d_cuda_float32.ipynb #cdd53805
+# %% ../nbs/06d_cuda_float32.ipynb #72ee6b03
 COMBINE_BACKWARD = r'''
 // dQ, or dK (what = 0) and dV (what = 1): the sum of the parts in their order
 extern "C" __global__ void __launch_bounds__(256) float32_sum(const __grid_constant__ Params p) {
@@ -509,7 +509,7 @@ extern "C" __global__ void __launch_bounds__(256) float32_sum(const __grid_const
 }
 '''
 
-# %% ../nbs/06d_cuda_float32.ipynb #f76ea649
+# %% ../nbs/06d_cuda_float32.ipynb #09f87f23
 TILES = {    # kernel: head dim: (BM, BN, threads), the preferred first
     "forward": {32: [(64, 64, 128)], 64: [(64, 64, 128)], 80: [(64, 64, 128)], 128: [(64, 32, 128)], 256: [(64, 32, 128), (32, 16, 64)]},
     "dq": {32: [(64, 32, 128)], 64: [(64, 32, 128)], 80: [(64, 32, 128)], 128: [(64, 32, 128), (32, 32, 64)], 256: [(32, 32, 128), (16, 16, 64)]},
@@ -526,7 +526,7 @@ def tile(kind: str, D: int, limit: int) -> tuple[int, int, int]:    # BM, BN, th
     "The preferred tile that fits into `limit` bytes of shared memory"
     return next(t for t in TILES[kind][D] if shared_memory(kind, D, *t[:2]) <= limit)
 
-# %% ../nbs/06d_cuda_float32.ipynb #a00764df
+# %% ../nbs/06d_cuda_float32.ipynb #5159514d
 _bodies = {"forward": (FORWARD, COMBINE_FORWARD), "dq": (ROWS, DQ, COMBINE_BACKWARD), "dkv": (DKV, COMBINE_BACKWARD)}
 
 @functools.cache
@@ -535,7 +535,7 @@ def float32_source(kind: str, D: int, N: int, BM: int, BN: int, threads: int) ->
     settings = SETTINGS.format(D=D, N=N, BM=BM, BN=BN, threads=threads)
     return "".join([settings, PARAMS, SHAPES, COPY, LOAD, PRODUCTS, WORK, MASK, COMBINE, *_bodies[kind]])
 
-# %% ../nbs/06d_cuda_float32.ipynb #abe95080
+# %% ../nbs/06d_cuda_float32.ipynb #75425ce3
 @functools.cache
 def float32_kernel(kind: str, name: str, D: int, N: int, device: torch.device):
     "A compiled kernel of this chapter, by its tile and the lists that a CTA serves"
@@ -553,7 +553,7 @@ def partial_rows(q: Tensor, plan, N: int) -> int:
     "Rows that all parts of split lists have together"
     return plan.max_slots * q.shape[0] * (1 if plan.heads > 1 else q.shape[1]) * N * plan.group
 
-# %% ../nbs/06d_cuda_float32.ipynb #7b502183
+# %% ../nbs/06d_cuda_float32.ipynb #19fefc69
 def float32_forward(
     q: Tensor, k: Tensor, v: Tensor,         # [B, H, L or S, D], fp32, on a GPU
     layout: BlockLayout, scale: float,       # σ > 0
@@ -561,7 +561,7 @@ def float32_forward(
     kv_lengths: Tensor | None,               # keys that exist in each sequence, [B]
 ) -> tuple[Tensor, Tensor]:                  # o like q, lse [B, H, L]
     "Block-sparse attention in fp32 by the CUDA kernel"
-    q, k, v = aligned(q), aligned(k), aligned(v)
+    given, q, k, v = q, aligned(q), aligned(k), aligned(v)
     (B, H, L, D), N, device = q.shape, layout.block, q.device
     plan, parts = float32_plan("forward", layout, D, device)
     o, lse = torch.empty_like(q), q.new_empty((B, H, L))
@@ -572,15 +572,16 @@ def float32_forward(
                          q, k, v, out=o, lse=lse, partial=partial, partial_lse=partial_lse)
     float32_kernel("forward", "float32_forward", D, N, device)(plan.max_items * wide * parts, params)
     if n: float32_kernel("forward", "float32_combine", D, N, device)(plan.max_splits * wide, params)
-    return o, lse
+    return as_given(o, given, q), lse
 
-# %% ../nbs/06d_cuda_float32.ipynb #5af934cb
+# %% ../nbs/06d_cuda_float32.ipynb #13417a67
 def float32_backward(
     do: Tensor, dlse: Tensor | None,         # gradients of o [B, H, L, D] and of lse [B, H, L]
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     layout: BlockLayout, scale: float, segments, kv_lengths,
 ) -> tuple[Tensor, Tensor, Tensor]:          # dq, dk, dv like q, k, v
     "Gradients of block-sparse attention in fp32 by the CUDA kernels; the same bits in every run"
+    given = q, k, v
     q, k, v, o, do = map(aligned, (q, k, v, o, do))
     (B, H, L, D), N, device = q.shape, layout.block, q.device
     grads = dict(dq=torch.empty_like(q), dk=torch.empty_like(k), dv=torch.empty_like(v))
@@ -595,4 +596,4 @@ def float32_backward(
         if kind == "dq": float32_kernel(kind, "float32_rows", D, N, device)(-(-B * H * L // 32), params)
         float32_kernel(kind, f"float32_{kind}", D, N, device)(plan.max_items * wide * parts, params)
         if n: float32_kernel(kind, "float32_sum", D, N, device)(len(names) * plan.max_splits * wide, params)
-    return tuple(grads.values())
+    return tuple(map(as_given, grads.values(), given, (q, k, v)))

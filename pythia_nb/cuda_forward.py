@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cuda_basics import PARAMS, Kernel, aligned, mask_tensors, max_shared_memory, pack_params
+from .cuda_basics import PARAMS, Kernel, aligned, as_given, mask_tensors, max_shared_memory, pack_params
 from .config import Table
 from .layout import BlockLayout
 from .schedule import Schedule, schedule
@@ -632,7 +632,7 @@ def cuda_forward(
     kv_lengths: Tensor | None,               # keys that exist in each sequence, [B]
 ) -> tuple[Tensor, Tensor]:                  # o like q, lse [B, H, L] fp32
     "Block-sparse attention by the CUDA kernel"
-    q, k, v = aligned(q), aligned(k), aligned(v)
+    given, q, k, v, masks = q, aligned(q), aligned(k), aligned(v), mask_tensors(layout, segments, kv_lengths, len(q))
     (B, H, L, D), N, device = q.shape, layout.block, q.device
     t, kernel, combine = forward_kernels(D, N, q.dtype == torch.bfloat16, device)
     wide = B if layout.heads > 1 else B * H
@@ -640,11 +640,11 @@ def cuda_forward(
     o, lse = torch.empty_like(q), q.new_empty((B, H, L), dtype=torch.float32)
     n = partial_rows(plan, wide, N)
     partial, partial_lse = (lse.new_empty((n, D)), lse.new_empty(n)) if n else (None, None)
-    params = pack_params(plan, layout, scale, mask_tensors(layout, segments, kv_lengths, B), segments is not None,
+    params = pack_params(plan, layout, scale, masks, segments is not None,
                          q, k, v, out=o, lse=lse, partial=partial, partial_lse=partial_lse, heads_at_once=wide)
     kernel(plan.max_items * wide * t.parts(N), params)
     if n: combine(plan.max_splits * wide, params)
-    return o, lse
+    return as_given(o, given, q), lse
 
 # %% ../nbs/07_cuda_forward.ipynb #4d0fe3c0
 def tflops_table(

@@ -2,7 +2,7 @@
 import functools
 import math
 import pytest
-import struct
+import re
 import torch
 from pythia_nb import patterns as P
 from pythia_nb.cuda_basics import (
@@ -30,11 +30,18 @@ def test_the_struct_holds_what_was_given():
     assert x[40:43] == (q.stride(2), k.stride(2), v.stride(2)) and x[48:52] == (2, 3, 100, 130) and x[54:57] == (30, 0, 1) and x[-1] == 0.5
 
 
-SIZES = f"static_assert(sizeof(Params) == {PACK.size} && offsetof_scale == {struct.calcsize('24Q16q8i14i')}, \"Python's and C++'s struct differ\");"
+def letters(struct_text):
+    "The declarations of a C struct as letters of Python's `struct`, in their order"
+    out = ""
+    for kind, names in re.findall(r"(?:const )?(\w+) ([^;{}]*);", struct_text[struct_text.index("{"):]):
+        for name in names.split(","): out += "Q" if "*" in name else {"i64": "q", "int": "i", "float": "f"}[kind]
+    return out
 
 def test_python_and_cpp_agree_on_the_struct():
-    body = "constexpr unsigned long long offsetof_scale = __builtin_offsetof(Params, scale);"
-    check_compiles("#define T float\n" + PARAMS + body + SIZES + 'extern "C" __global__ void nothing(const __grid_constant__ Params p) {}')
+    expected = "".join(letter * int(n or 1) for n, letter in re.findall(r"(\d*)([a-zA-Z])", PACK.format.removesuffix("0q")))
+    assert letters(PARAMS) == expected
+    check_compiles(f"#define T float\n{PARAMS}static_assert(sizeof(Params) == {PACK.size}, \"Python's and C++'s struct differ\");"
+                   'extern "C" __global__ void nothing(const __grid_constant__ Params p) {}')
 
 
 def test_only_tensors_that_need_it_are_copied():
@@ -111,7 +118,8 @@ def naive_forward(q, k, v, layout, scale, kv_lengths=None):
     "Block-sparse attention with a thread a query: o, lse"
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
     plan = schedule(layout, False, 1, 1 << 30)    # no list is split
-    params = pack_params(plan, layout, scale, mask_tensors(layout, None, kv_lengths, len(q)), kv_lengths is not None, q, k, v, out=o, lse=lse)
+    masks = mask_tensors(layout, None, kv_lengths, len(q))    # has a name, so that it lives until the launch
+    params = pack_params(plan, layout, scale, masks, kv_lengths is not None, q, k, v, out=o, lse=lse)
     naive_kernel(q.shape[3], layout.block, q.device)(plan.max_items * q.shape[0] * (1 if layout.heads > 1 else q.shape[1]), params)
     return o, lse
 
