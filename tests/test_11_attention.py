@@ -15,7 +15,7 @@ from pythia_nb.attention import (
     BACKENDS, attention_backward, attention_forward, block_sparse_attention, choose_backend, flatten, pieces,
     torch_backward, torch_forward, warn_once,
 )
-from pythia_nb.cuda_forward import cuda_obstacle
+from pythia_nb.cuda_basics import cuda_obstacle
 from pythia_nb.layout import BlockLayout
 from pythia_nb.reference import check_attention
 from torch.fx.experimental.proxy_tensor import make_fx
