@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SHAPES', 'COPY', 'LOAD', 'PRODUCTS', 'WORK', 'MASK', 'FORWARD', 'COMBINE', 'COMBINE_FORWARD', 'ROWS',
-           'DQ', 'DKV', 'COMBINE_BACKWARD', 'TILES', 'shared_memory', 'tile', 'float32_source', 'float32_kernel',
-           'float32_plan', 'partial_rows', 'float32_forward', 'float32_backward']
+           'DQ', 'DKV', 'COMBINE_BACKWARD', 'TILES', 'shared_memory', 'tile', 'float32_source', 'float32_hash',
+           'float32_kernel', 'float32_plan', 'partial_rows', 'float32_forward', 'float32_backward']
 
 # %% ../nbs/06d_cuda_float32.ipynb #6f68e4c8
 import functools
+import hashlib
 
 import torch
 from torch import Tensor
@@ -534,6 +535,11 @@ def float32_source(kind: str, D: int, N: int, BM: int, BN: int, threads: int) ->
     "The whole CUDA source of one variant: kind is forward, dq or dkv"
     settings = SETTINGS.format(D=D, N=N, BM=BM, BN=BN, threads=threads)
     return "".join([settings, PARAMS, SHAPES, COPY, LOAD, PRODUCTS, WORK, MASK, COMBINE, *_bodies[kind]])
+
+def float32_hash() -> str:
+    "A fingerprint of the kernels' sources and tiles, to say which ones the GPU tests have seen"
+    parts = [SETTINGS, PARAMS, SHAPES, COPY, LOAD, PRODUCTS, WORK, MASK, COMBINE, *(body for bodies in _bodies.values() for body in bodies), repr(TILES)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 # %% ../nbs/06d_cuda_float32.ipynb #75425ce3
 @functools.cache

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['HEAVY', 'SETTINGS', 'SUMS', 'MEMBERS', 'UNION', 'PLAN', 'DOCUMENTS', 'THREADS', 'BITS', 'Schedule', 'bounds',
-           'lists_of', 'group_members', 'union_entries', 'work_items', 'torch_schedule', 'cuda_source',
+           'lists_of', 'group_members', 'union_entries', 'work_items', 'torch_schedule', 'cuda_source', 'schedule_hash',
            'compile_report', 'CurrentStream', 'on_device', 'cuda_function', 'launch_cuda', 'cuda_schedule', 'schedule',
            'new_schedule', 'document_layout', 'cuda_document_layout']
 
 # %% ../nbs/06b_schedule.ipynb #38e224ec
 import contextlib
 import functools
+import hashlib
 import importlib.util
 from dataclasses import dataclass
 
@@ -424,6 +425,10 @@ THREADS, BITS = 1024, 11    # threads of the CTA that plans; bits of a pass of i
 def cuda_source(threads: int = THREADS, bits: int = BITS) -> str:
     "The CUDA source of this chapter"
     return SETTINGS.format(threads=threads, bits=bits, heavy=HEAVY) + SUMS + MEMBERS + UNION + PLAN + DOCUMENTS
+
+def schedule_hash() -> str:
+    "A fingerprint of the kernels' source, to say which one the GPU tests have seen"
+    return hashlib.sha256(cuda_source().encode()).hexdigest()
 
 # %% ../nbs/06b_schedule.ipynb #0b9abceb
 def compile_report(
