@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cpu import cpu_forward, cpu_takes, why_no_cpu
+from .cpu_backward import cpu_backward
 from .cuda_backward import cuda_backward
 from .cuda_forward import cuda_forward, why_no_cuda
 from .layout import BlockLayout
@@ -187,12 +189,12 @@ def torch_backward(
                  for t, d, before in ((q, dq, x.before), (k, dk, 0), (v, dv, 0)))
 
 # %% ../nbs/11_attention.ipynb #c55d0192
-BACKENDS = {"torch": (torch_forward, torch_backward), "cuda": (cuda_forward, cuda_backward)}    # name -> (forward, backward)
+BACKENDS = {"torch": (torch_forward, torch_backward), "cuda": (cuda_forward, cuda_backward), "cpu": (cpu_forward, cpu_backward)}    # name -> (forward, backward)
 
 @functools.cache
 def warn_once(reason: str):
     "Warn, but only once for each reason"
-    warnings.warn(f"block-sparse attention falls back to its PyTorch backend, which is slow on a GPU: {reason}", stacklevel=3)
+    warnings.warn(f"block-sparse attention falls back to its PyTorch backend, which is slower: {reason}", stacklevel=3)
 
 def choose_backend(
     backend: str,    # "auto", or a name in BACKENDS
@@ -202,10 +204,13 @@ def choose_backend(
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend {backend!r} is not one of {', '.join(['auto', *BACKENDS])}; leave it at auto to have one chosen")
     if backend == "torch": return backend
-    reason = why_no_cuda(q.device, q.dtype, operator.index(q.shape[-1]))
-    if not reason: return "cuda"
-    if backend == "cuda": raise ValueError(f"backend 'cuda' can't be used: {reason}; use backend='torch', or 'auto' to have one chosen")
-    if q.device.type == "cuda": warn_once(reason)
+    D = operator.index(q.shape[-1])
+    for name, why in (("cuda", why_no_cuda), ("cpu", why_no_cpu)):
+        if backend not in ("auto", name): continue
+        reason = why(q.device, q.dtype, D)
+        if not reason: return name
+        if backend == name: raise ValueError(f"backend {name!r} can't be used: {reason}; use backend='torch', or 'auto' to have one chosen")
+        if q.device.type == name and (name == "cuda" or cpu_takes(q.dtype, D)): warn_once(reason)
     return "torch"
 
 # %% ../nbs/11_attention.ipynb #63a2ec1b
@@ -315,7 +320,7 @@ def block_sparse_attention(
     segment_ids=None,                  # documents, int [B, S] (or a pair: of queries [B, L], of keys [B, S]); tokens see their own only
     kv_lengths: Tensor | None = None,  # keys that exist in each sequence, int [B]
     return_lse: bool = False,          # also return the natural-log row log-sum-exp
-    backend: str = "auto",             # "auto", "torch" or "cuda"
+    backend: str = "auto",             # "auto", "torch", "cpu" or "cuda"
 ):                                     # o like q; with return_lse (o, lse [B, H, L] fp32)
     "softmax(scale · q kᵀ + mask) v over the visible blocks, differentiable; a row that sees nothing gives zeros and lse -inf"
     if torch.is_autocast_enabled(q.device.type):

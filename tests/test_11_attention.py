@@ -1,6 +1,7 @@
 "Tests of 11_attention. Generated from nbs/11_attention.ipynb: edit that, then run pythia_book build."
 import functools
 import math
+import os
 import pytest
 import statistics
 import subprocess
@@ -46,14 +47,14 @@ def random_problem(L, S, block, causal, heads, documents, lengths, extreme, stri
     return [t.to(dtype) for t in (q, k, v)], layout, kw
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend, dtype", [("torch", torch.float32), ("torch", torch.bfloat16), ("auto", torch.float32), ("auto", torch.bfloat16), ("auto", torch.float16)])
 @settings(max_examples=60, deadline=None)
 @given(L=st.integers(1, 150), S=st.integers(1, 150), block=st.sampled_from([16, 32, 64]), causal=st.booleans(), heads=st.booleans(),
        documents=st.booleans(), lengths=st.booleans(), extreme=st.booleans(), strided=st.booleans(), seed=st.integers(0, 10**6))
-def test_forward_and_gradients_within_budget(dtype, seed, **about):
+def test_forward_and_gradients_within_budget(backend, dtype, seed, **about):
     torch.manual_seed(seed)
     tensors, layout, kw = random_problem(**about, dtype=dtype)
-    check_attention(with_lse, *tensors, layout, **kw)
+    check_attention(functools.partial(with_lse, backend=backend), *tensors, layout, **kw)
 
 
 @pytest.mark.parametrize("D", [32, 64, 80, 128, 256])
@@ -101,12 +102,13 @@ def test_two_runs_give_the_same_bits():
     for _ in range(5): assert all(torch.equal(a, b) for a, b in zip(first, run()))
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
+def test_opcheck(dtype, backend):
     tensors, layout, kw = random_problem(70, 90, 16, True, True, True, True, False, True, dtype)
     ids = kw["segment_ids"]
     arrays = (layout.row_ptr, layout.row_cols, layout.row_full, layout.col_ptr, layout.col_rows, layout.col_full)
-    rest = (None, *ids, kw["kv_lengths"], layout.block, layout.causal, layout.q_start, 0.25, "torch")
+    rest = (None, *ids, kw["kv_lengths"], layout.block, layout.causal, layout.q_start, 0.25, backend)
     torch.library.opcheck(attention_forward, (*[t.requires_grad_() for t in tensors], *arrays, *rest))
     q, k, v = (t.detach() for t in tensors)
     o, lse = attention_forward(q, k, v, *arrays, *rest)
@@ -178,6 +180,30 @@ def test_the_cuda_backend_says_why_it_cannot_be_used():
     layout = P.local(1).layout(32, block=16)
     q = torch.randn(1, 1, 32, 16)
     with pytest.raises(ValueError, match="the tensors are on cpu.*use backend='torch'"): block_sparse_attention(q, q, q, layout, backend="cuda")
+
+
+WITHOUT_COMPILER = """
+import warnings, torch
+from pythia_nb import patterns as P
+from pythia_nb.attention import block_sparse_attention
+layout = P.local(2).layout(64, block=16)
+q, k, v = torch.randn(3, 1, 2, 64, 32)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3): o = block_sparse_attention(q, k, v, layout)
+    block_sparse_attention(q.double(), k.double(), v.double(), layout)
+print([str(w.message) for w in caught])
+assert torch.equal(o, block_sparse_attention(q, k, v, layout, backend="torch"))
+"""
+
+def test_the_cpu_backend_is_chosen_and_says_why_it_cannot_be_used(tmp_path):
+    q = torch.randn(1, 1, 32, 16)
+    assert choose_backend("auto", q) == choose_backend("cpu", q.bfloat16()) == "cpu"
+    assert choose_backend("auto", q.double()) == choose_backend("auto", q.half()) == choose_backend("auto", q[..., :12]) == "torch"
+    with pytest.raises(ValueError, match="not float64 with 16; use backend='torch'"): choose_backend("cpu", q.double())
+    env = {**os.environ, "PATH": str(tmp_path), "CXX": "", "PYTHIA_NB_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.count("falls back to its PyTorch backend") == done.stdout.count("there is no C++ compiler; install one") == 1
 
 
 @pytest.mark.cuda
