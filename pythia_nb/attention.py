@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .cpu import cpu_forward, cpu_takes, why_no_cpu
+from .cpu_backward import cpu_backward
 from .cuda_backward import cuda_backward
 from .cuda_basics import why_no_cuda
 from .cuda_float32 import float32_backward, float32_forward
@@ -203,13 +205,13 @@ def on_cuda_backward(do, dlse, q, *rest):
     return (float32_backward if q.dtype == torch.float32 else cuda_backward)(do, dlse, q, *rest)
 
 # %% ../nbs/11_attention.ipynb #c55d0192
-BACKENDS = {"torch": (torch_forward, torch_backward), "cuda": (on_cuda_forward, on_cuda_backward)}    # name -> (forward, backward)
+BACKENDS = {"torch": (torch_forward, torch_backward), "cuda": (on_cuda_forward, on_cuda_backward), "cpu": (cpu_forward, cpu_backward)}    # name -> (forward, backward)
 
 @functools.cache
 @torch.compiler.assume_constant_result    # so that the compiler doesn't trace it
 def warn_once(reason: str):
     "Warn, but only once for each reason"
-    warnings.warn(f"block-sparse attention falls back to its PyTorch backend, which is slow on a GPU: {reason}", stacklevel=3)
+    warnings.warn(f"block-sparse attention falls back to its PyTorch backend, which is slower: {reason}", stacklevel=3)
 
 def choose_backend(
     backend: str,    # "auto", or a name in BACKENDS
@@ -219,10 +221,13 @@ def choose_backend(
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend {backend!r} is not one of {', '.join(['auto', *BACKENDS])}; leave it at auto to have one chosen")
     if backend == "torch": return backend
-    reason = why_no_cuda(q.device, q.dtype, operator.index(q.shape[-1]))
-    if not reason: return "cuda"
-    if backend == "cuda": raise ValueError(f"backend 'cuda' can't be used: {reason}; use backend='torch', or 'auto' to have one chosen")
-    if q.device.type == "cuda": warn_once(reason)
+    D = operator.index(q.shape[-1])
+    for name, why in (("cuda", why_no_cuda), ("cpu", why_no_cpu)):
+        if backend not in ("auto", name): continue
+        reason = why(q.device, q.dtype, D)
+        if not reason: return name
+        if backend == name: raise ValueError(f"backend {name!r} can't be used: {reason}; use backend='torch', or 'auto' to have one chosen")
+        if q.device.type == name and (name == "cuda" or cpu_takes(q.dtype, D)): warn_once(reason)
     return "torch"
 
 # %% ../nbs/11_attention.ipynb #63a2ec1b
@@ -426,7 +431,7 @@ def block_sparse_attention(
     segment_ids=None,                  # documents, int [B, S] (or a pair: of queries [B, L], of keys [B, S]); tokens see their own only
     kv_lengths: Tensor | None = None,  # keys that exist in each sequence, int [B]
     return_lse: bool = False,          # also return the natural-log row log-sum-exp
-    backend: str = "auto",             # "auto", "torch" or "cuda"
+    backend: str = "auto",             # "auto", "torch", "cpu" or "cuda"
 ):                                     # o like q; with return_lse (o, lse [B, H, L] fp32)
     "softmax(scale · q kᵀ + mask) v over the visible blocks, differentiable; a row that sees nothing gives zeros and lse -inf"
     if torch.is_autocast_enabled(device := q.device.type):
