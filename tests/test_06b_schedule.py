@@ -1,6 +1,7 @@
 "Tests of 06b_schedule. Generated from nbs/06b_schedule.ipynb: edit that, then run pythia_book build."
 import ctypes
 import functools
+import json
 import pytest
 import re
 import shutil
@@ -14,7 +15,8 @@ from pathlib import Path
 from pythia_nb import patterns as P
 from pythia_nb.layout import BlockLayout
 from pythia_nb.schedule import (
-    compile_report, cuda_schedule, cuda_source, document_layout, group_members, schedule, torch_schedule, union_entries,
+    compile_report, cuda_schedule, cuda_source, document_layout, group_members, schedule, schedule_hash, torch_schedule,
+    union_entries,
 )
 from torch import Tensor
 
@@ -335,3 +337,8 @@ def test_rebuilding_takes_a_hundred_microseconds():
     times["documents: layout and both schedules"] = gpu_microseconds(both)
     print(torch.cuda.get_device_name(), {name: f"{time:.1f} us" for name, time in times.items()})
     assert times["document layout"] <= 100 and times["documents: layout and both schedules"] <= 100
+
+
+def test_the_sources_are_the_ones_that_passed_on_a_gpu():
+    verified = json.loads((Path(__file__).parent.parent / "nbs/results/h200/verified.json").read_text())
+    assert verified["schedule"] == schedule_hash(), "the kernels were edited since they last passed on a GPU: run pytest -m cuda there"

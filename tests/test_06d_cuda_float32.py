@@ -1,10 +1,12 @@
 "Tests of 06d_cuda_float32. Generated from nbs/06d_cuda_float32.ipynb: edit that, then run pythia_book build."
+import json
 import math
 import pytest
 import torch
+from pathlib import Path
 from pythia_nb import patterns as P
 from pythia_nb.cuda_basics import HEAD_DIMS, check_compiles
-from pythia_nb.cuda_float32 import TILES, float32_backward, float32_forward, float32_source
+from pythia_nb.cuda_float32 import TILES, float32_backward, float32_forward, float32_hash, float32_source
 from pythia_nb.layout import BlockLayout
 from pythia_nb.reference import attention_oracle, blockwise_backward, check_attention, split_segments
 from pythia_nb.schedule import schedule
@@ -209,3 +211,8 @@ def test_float32_has_the_same_bits_in_every_run():
     for _ in range(20):
         o, lse = float32_forward(q, k, v, layout, 0.125, None, None)
         assert all(map(torch.equal, first, (o, lse, *float32_backward(do, dlse, q, k, v, o, lse, layout, 0.125, None, None))))
+
+
+def test_the_sources_are_the_ones_that_passed_on_a_gpu():
+    verified = json.loads((Path(__file__).parent.parent / "nbs/results/h200/verified.json").read_text())
+    assert verified["cuda_float32"] == float32_hash(), "the kernels were edited since they last passed on a GPU: run pytest -m cuda there"

@@ -1,5 +1,6 @@
 "Tests of 11_attention. Generated from nbs/11_attention.ipynb: edit that, then run pythia_book build."
 import functools
+import importlib.util
 import math
 import os
 import pytest
@@ -12,10 +13,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from pythia_nb import patterns as P
 from pythia_nb.attention import (
-    attention_backward, attention_forward, block_sparse_attention, choose_backend, pieces, warn_once,
+    BACKENDS, attention_backward, attention_forward, block_sparse_attention, choose_backend, flatten, pieces,
+    torch_backward, torch_forward, warn_once,
 )
+from pythia_nb.cuda_basics import cuda_obstacle
 from pythia_nb.layout import BlockLayout
 from pythia_nb.reference import check_attention
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+from types import SimpleNamespace
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,13 +112,93 @@ def test_two_runs_give_the_same_bits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype, backend):
     tensors, layout, kw = random_problem(70, 90, 16, True, True, True, True, False, True, dtype)
-    ids = kw["segment_ids"]
-    arrays = (layout.row_ptr, layout.row_cols, layout.row_full, layout.col_ptr, layout.col_rows, layout.col_full)
-    rest = (None, *ids, kw["kv_lengths"], layout.block, layout.causal, layout.q_start, 0.25, backend)
-    torch.library.opcheck(attention_forward, (*[t.requires_grad_() for t in tensors], *arrays, *rest))
+    rest = flatten(layout, 0.25, kw["segment_ids"], kw["kv_lengths"], backend)
+    torch.library.opcheck(attention_forward, (*[t.requires_grad_() for t in tensors], *rest))
     q, k, v = (t.detach() for t in tensors)
-    o, lse = attention_forward(q, k, v, *arrays, *rest)
-    torch.library.opcheck(attention_backward, (torch.randn_like(o), torch.randn_like(lse), q, k, v, o, lse, *arrays, *rest))
+    o, lse = attention_forward(q, k, v, *rest)
+    for dlse in (torch.randn_like(lse), None):
+        torch.library.opcheck(attention_backward, (torch.randn_like(o), dlse, q, k, v, o, lse, *rest))
+
+
+def citizen_problem(device="cpu", dtype=torch.float32):
+    "A function of q, k, v with a gradient from o and from lse, and leaves for it"
+    layout = P.bigbird(2, 1, 1).layout(100, block=32).to(device)
+    def loss(q, k, v):
+        o, lse = block_sparse_attention(q, k, v, layout, return_lse=True)
+        return o.float().square().sum() + lse.sum()
+    return loss, [torch.randn(2, 2, 100, 32, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+def assert_citizen(loss, leaves):
+    "torch.func, checkpointing and a recorded backward give the gradients of plain autograd, and the compiler sees one graph"
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    plain = [t.detach() for t in leaves]
+    ways = [torch.func.grad(loss, argnums=(0, 1, 2))(*plain), torch.func.vjp(loss, *plain)[1](torch.ones((), device=plain[0].device))]
+    ways.append(torch.autograd.grad(checkpoint(loss, *leaves, use_reentrant=False), leaves))
+    own = [t.clone().requires_grad_() for t in plain]
+    checkpoint(loss, *own, use_reentrant=True).backward()    # supports backward() only
+    ways.append([t.grad for t in own])
+    ways.append(torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves))
+    for got in ways:
+        for a, b in zip(got, expected): assert torch.equal(a, b)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q, *plain[1:]).sum())(plain[0])
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda q: loss(q, *plain[1:]), (plain[0],), (plain[0],))
+
+def test_a_citizen_of_pytorch(): assert_citizen(*citizen_problem())
+
+def test_only_who_watches_gets_an_operator():
+    loss, leaves = citizen_problem()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen: loss(*leaves).backward()
+    assert not any("::attention_" in event.key for event in seen.key_averages())
+    assert "attention_forward" in make_fx(loss)(*[t.detach() for t in leaves]).code
+
+def test_compiles_with_gradients_for_new_lengths():
+    torch._dynamo.reset()
+    compiled = torch.compile(with_lse, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (64, 96, 75):
+        layout = P.local(2).layout(length, block=16)
+        leaves = [torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3)]
+        for got, want in zip(*(torch.autograd.grad(f(*leaves, layout)[0].sum(), leaves) for f in (compiled, with_lse))):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_scale_that_is_not_positive(scale):
+    tensors, layout, kw = random_problem(70, 90, 16, True, True, True, True, False, True, torch.float32)
+    check_attention(with_lse, *tensors, layout, scale=scale, **kw)
+
+def test_backends_get_a_positive_scale_and_no_needless_gradient(monkeypatch):
+    scales, gradients = [], []
+    def forward(q, k, v, layout, scale, *rest):
+        scales.append(scale)
+        return torch_forward(q, k, v, layout, scale, *rest)
+    def backward(do, dlse, *rest):
+        gradients.append(dlse)
+        return torch_backward(do, dlse, *rest)
+    monkeypatch.setitem(BACKENDS, "torch", (forward, backward))
+    q, layout = torch.randn(1, 1, 40, 16, requires_grad=True), P.local(2).layout(40, block=16)
+    for scale in (-2.0, 0, None):
+        block_sparse_attention(q, q, q, layout, scale=scale, backend="torch").sum().backward()
+    assert scales == [2.0, 1.0, 0.25] and gradients == [None] * 3
+
+
+@pytest.mark.parametrize("change, dtype, D, reason", [
+    (dict(capability=(7, 5)), torch.bfloat16, 64, "older than Ampere"), (dict(), torch.float64, 64, "not float64"),
+    (dict(), torch.bfloat16, 63, "not 63"), (dict(cupy=None), torch.bfloat16, 64, "CuPy is not installed")])
+def test_a_fallback_says_why_and_only_once(change, dtype, D, reason, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: change.get("capability", (9, 0)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "the GPU")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: change.get("cupy", True) if name == "cupy" else find(name, *rest))
+    monkeypatch.setitem(choose_backend.__globals__, "why_no_cuda", cuda_obstacle.__wrapped__)    # without what it remembers
+    q = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 1, 32, D))
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=f"slow on a GPU.*{reason}") as told:
+        assert [choose_backend("auto", q) for _ in range(3)] == ["torch"] * 3
+    assert len(told) == 1
+    with pytest.raises(ValueError, match=f"'cuda' can't be used.*{reason}"): choose_backend("cuda", q)
+    warn_once.cache_clear()
 
 
 def test_compiles_without_graph_breaks():
@@ -211,15 +297,59 @@ def test_the_cuda_backend_is_chosen_and_is_a_citizen():
     layout = P.per_head([P.bigbird(1, 1, 1), P.strided(2)]).layout(100, block=32).to("cuda")
     q, k, v = (torch.randn(2, 2, 100, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     check_attention(with_lse, q, k, v, layout)
+    check_attention(with_lse, q, k, v, layout, scale=-0.2)
     assert choose_backend("auto", q) == "cuda" and choose_backend("auto", q[..., :63]) == "torch"
-    arrays = (layout.row_ptr, layout.row_cols, layout.row_full, layout.col_ptr, layout.col_rows, layout.col_full)
-    rest = (None, None, None, None, layout.block, layout.causal, layout.q_start, 0.125, "cuda")
-    torch.library.opcheck(attention_forward, (*(t.clone().requires_grad_() for t in (q, k, v)), *arrays, *rest))
+    rest = flatten(layout, 0.125, None, None, "cuda")
+    torch.library.opcheck(attention_forward, (*(t.clone().requires_grad_() for t in (q, k, v)), *rest))
     compiled = torch.compile(lambda q, k, v: block_sparse_attention(q * 2, k, v, layout), fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), block_sparse_attention(q * 2, k, v, layout))
-    with pytest.warns(UserWarning, match="falls back"):
-        warn_once.cache_clear()
-        block_sparse_attention(q.float(), k.float(), v.float(), layout)
+    assert_citizen(*citizen_problem("cuda", torch.bfloat16))
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="falls back"): block_sparse_attention(q.double(), k.double(), v.double(), layout)
+
+
+def cuda_step(leaves, layout):
+    "o and the gradients of one forward and backward pass"
+    o = block_sparse_attention(*leaves, layout)
+    return [o.detach(), *torch.autograd.grad(o, leaves, torch.ones_like(o))]
+
+def cuda_leaves(device="cuda"): return [torch.randn(1, 2, 256, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+@pytest.mark.cuda
+def test_a_cuda_graph_replays_forward_and_backward():
+    layout, leaves = P.bigbird(2, 1, 1).layout(256, block=64).to("cuda"), cuda_leaves()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3): cuda_step(leaves, layout)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): captured = cuda_step(leaves, layout)
+    with torch.no_grad():
+        for t in leaves: t.copy_(torch.randn_like(t))
+    graph.replay()
+    for got, want in zip(captured, cuda_step(leaves, layout)): assert torch.equal(got, want)
+
+@pytest.mark.cuda
+def test_two_streams_give_what_one_does():
+    layout = P.bigbird(2, 1, 1).layout(256, block=64).to("cuda")
+    problems = [cuda_leaves() for _ in range(2)]
+    expected, got = [cuda_step(leaves, layout) for leaves in problems], []
+    torch.cuda.synchronize()
+    for leaves, stream in zip(problems, [torch.cuda.Stream() for _ in problems]):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)    # a kernel on another stream would overtake what comes now
+            own = [(t.detach() * 1).requires_grad_() for t in leaves]
+            got.append(cuda_step(own, layout))
+    torch.cuda.synchronize()
+    for a, b in zip(sum(got, []), sum(expected, [])): assert torch.equal(a, b)
+
+@pytest.mark.cuda
+def test_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2: pytest.skip("needs two GPUs, and torch sees one")
+    layout, leaves = P.bigbird(2, 1, 1).layout(256, block=64).to("cuda:0"), cuda_leaves("cuda:0")
+    other = [t.detach().to("cuda:1").requires_grad_() for t in leaves]
+    for a, b in zip(cuda_step(leaves, layout), cuda_step(other, layout.to("cuda:1"))): assert torch.equal(a, b.to("cuda:0"))
 
 
 def time_call(fn, repeat=7):
