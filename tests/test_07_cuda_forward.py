@@ -2,6 +2,7 @@
 import json
 import math
 import pytest
+import time
 import torch
 from pathlib import Path
 from pythia_nb import patterns as P
@@ -98,6 +99,16 @@ def test_long_rows_are_split_and_long_sequences_indexed(L=1 << 20):
     s = s.masked_fill((keys.cuda() > torch.arange(L - 64, L, device="cuda")[:, None]), -math.inf)
     torch.testing.assert_close(lse[:, :, at].double(), s.logsumexp(-1), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(o[:, :, at].double(), s.softmax(-1) @ v[:, :, keys].double(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.cuda
+def test_calling_is_light():
+    (q, k, v), layout, _ = gpu_problem(64, 16, torch.bfloat16, 0)
+    for _ in range(20): cuda_forward(q, k, v, layout, 0.125, None, None)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(300): cuda_forward(q, k, v, layout, 0.125, None, None)
+    assert (time.perf_counter() - start) / 300 < 100e-6    # seconds; the measured value is in the result file
 
 
 @pytest.mark.cuda
