@@ -419,3 +419,9 @@ class Batches:
         if not self.documents: return ids, targets
         segments = np.stack([self.tokens.segments(s, s + self.seq_len) for s in starts])
         return ids, targets, torch.from_numpy((segments - segments[:, :1]).astype(np.int64))
+    def part(self, step, rank=0, world=1):
+        n = self.batch_size // world
+        return tuple(t[rank * n:(rank + 1) * n] for t in self[step])
+    @property
+    def fingerprint(self): return {"tokens": len(self.tokens), "tokenizer": getattr(self.tokens, "tokenizer_hash", "")}
+

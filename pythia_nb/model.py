@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIVATION_FUNCTIONS', 'rotary_frequencies', 'rotary_tables', 'apply_rotary', 'visible_mask', 'dense_attention',
-           'Attention', 'MLP', 'Layer', 'Pythia', 'init_std', 'chunked_cross_entropy']
+           'Attention', 'MLP', 'Layer', 'Pythia', 'init_std', 'init_parameter', 'chunk_gradient',
+           'chunked_cross_entropy']
 
 # %% ../nbs/01_model.ipynb #f7706413
 import math
@@ -206,7 +207,7 @@ class Pythia(nn.Module):
             raise TypeError(f"config is {config!r}; give a PythiaConfig, for example PythiaConfig.preset('70m')")
         device = torch.device(device) if device is not None else torch.get_default_device()
         factory, V, d = dict(device="meta", dtype=dtype), config.vocab_size, config.hidden_size
-        self.config, self.block = config, block
+        self.config, self.block, self.chunk_gradient = config, block, chunk_gradient
         self.embed_in = nn.Embedding(V, d, **factory)
         self.layers = nn.ModuleList([Layer(config, i, **factory) for i in range(config.num_layers)])
         self.final_layer_norm = nn.LayerNorm(d, config.layer_norm_eps, **factory)
@@ -320,6 +321,21 @@ def init_std(
     return 0.02, 0.02 / math.sqrt(2 * n)
 
 # %% ../nbs/01_model.ipynb #fdaf4114
+def init_parameter(
+    name:str, # in the model
+    p:Tensor, # changed in place
+    config:PythiaConfig, # gives the standard deviations
+    generator:torch.Generator|None=None, # where the numbers come from; PyTorch's own state unless given
+):
+    "Draw one parameter as Pythia's were: biases 0, gains of layer norms 1, matrices normal."
+    std, output_std = init_std(config)
+    if name.endswith("bias"): p.zero_()
+    elif "norm" in name: p.fill_(1.0)
+    else:
+        output = name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight"))
+        p.normal_(0.0, output_std if output else std, generator=generator)
+
+# %% ../nbs/01_model.ipynb #b750ab95
 @patch
 @torch.no_grad()
 def init_weights(
@@ -328,12 +344,7 @@ def init_weights(
 ) -> Pythia: # the model itself
     "Draw all parameters anew, as Pythia's were."
     generator = torch.Generator(self.device).manual_seed(seed) if isinstance(seed, int) else seed
-    std, output_std = init_std(self.config)
-    outputs = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
-    for name, p in self.named_parameters():
-        if name.endswith("bias"): p.zero_()
-        elif "norm" in name: p.fill_(1.0)
-        else: p.normal_(0.0, output_std if name.endswith(outputs) else std, generator=generator)
+    for name, p in self.named_parameters(): init_parameter(name, p, self.config, generator)
     return self
 
 # %% ../nbs/01_model.ipynb #26505629
@@ -346,27 +357,44 @@ def num_parameters(
     return sum(p.numel() for name, p in self.named_parameters() if embeddings or not name.startswith("embed_"))
 
 # %% ../nbs/01_model.ipynb #f0325089
+def chunk_gradient(
+    h:Tensor, # hidden states [n, d]
+    weight:Tensor, # unembedding [V, d]
+    targets:Tensor, # int64 [n]
+    ignore_index:int, # targets that do not count
+) -> tuple[Tensor, Tensor]: # sum of the losses, fp32; their gradient by the logits [n, V], in h's type
+    "Loss of some rows, and its gradient by their logits."
+    keep = targets != ignore_index
+    index = targets.where(keep, 0)[:, None]
+    z = F.linear(h, weight).float()                                       # [n, V], the only logits there are
+    lse = z.logsumexp(-1, keepdim=True)
+    loss = (lse - z.gather(1, index))[:, 0].where(keep, 0.0).sum()
+    p = z.sub_(lse).exp_()
+    # a compiler fuses the comparison into the pass before it; without one, n entries are touched, not n V
+    if torch.compiler.is_compiling(): p = p - (torch.arange(p.shape[1], device=p.device) == index).float()
+    else: p.scatter_add_(1, index, p.new_full(index.shape, -1.0))
+    return loss, p.mul_(keep[:, None]).to(h.dtype)
+
+# %% ../nbs/01_model.ipynb #8848984e
 class _ChunkedCrossEntropy(torch.autograd.Function):
     "Mean cross-entropy of `hidden @ weight.T`; gradients are made chunk by chunk in the forward pass."
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, ignore_index, need_hidden, need_weight):
-        count = (targets != ignore_index).sum()
-        total = hidden.new_zeros((), dtype=torch.float32)
+    def forward(ctx, hidden, weight, targets, chunk, ignore_index, gradient, low, need_hidden, need_weight):
+        count, total = (targets != ignore_index).sum(), hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
         # chunks are added up in fp32 whatever the weights are
         d_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if need_weight else weight.new_empty(0)
+        w = weight.to(low)                                                # under autocast rounded once, not in each chunk
         for i in range(0, len(targets), chunk):
-            h, t = hidden[i:i + chunk], targets[i:i + chunk]
-            keep = t != ignore_index
-            index = t.where(keep, 0)[:, None]
-            z = F.linear(h, weight).float()                               # [chunk, V], the only logits there are
-            lse = z.logsumexp(-1, keepdim=True)
-            total = total + (lse - z.gather(1, index))[:, 0].where(keep, 0.0).sum()
-            if not (need_hidden or need_weight): continue
-            dz = z.sub_(lse).exp_().scatter_add_(1, index, z.new_full(index.shape, -1.0))
-            dz = dz.mul_(keep[:, None]).to(h.dtype)
-            if need_hidden: d_hidden[i:i + chunk] = dz @ weight
-            if need_weight and h.dtype == d_weight.dtype: d_weight.addmm_(dz.T, h)
+            h = hidden[i:i + chunk].to(low)
+            if not (need_hidden or need_weight):
+                total = total + F.cross_entropy(F.linear(h, w).float(), targets[i:i + chunk],
+                                                ignore_index=ignore_index, reduction="sum")
+                continue
+            loss, dz = gradient(h, w, targets[i:i + chunk], ignore_index)
+            total = total + loss
+            if need_hidden: d_hidden[i:i + chunk] = dz @ w
+            if need_weight and low == d_weight.dtype: d_weight.addmm_(dz.T, h)
             elif need_weight: d_weight += dz.T @ h
         ctx.save_for_backward(d_hidden, d_weight, count)
         ctx.need_hidden, ctx.need_weight, ctx.weight_dtype = need_hidden, need_weight, weight.dtype
@@ -379,22 +407,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = grad / count
         d_hidden = (d_hidden * scale).to(d_hidden.dtype) if ctx.need_hidden else None
         d_weight = (d_weight * scale).to(ctx.weight_dtype) if ctx.need_weight else None
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, *[None] * 7
 
-# %% ../nbs/01_model.ipynb #8848984e
+# %% ../nbs/01_model.ipynb #71647cd4
 def chunked_cross_entropy(
     hidden:Tensor, # final hidden states [..., d]
     weight:Tensor, # unembedding [V, d]
     targets:Tensor, # int64 [...]
     *,
-    chunk:int|None=None, # rows whose logits are held at once; None: 256 on a CPU, so that they fit its cache, else 1024
+    chunk:int|None=None, # rows whose logits are held at once; None: 256 on a CPU, so that they fit its cache, else 4096
     ignore_index:int=-100, # targets that do not count
+    gradient:Callable=chunk_gradient, # what is done with a chunk; a compiled one is faster on a GPU
 ) -> Tensor: # scalar, fp32
     "Mean cross-entropy of the logits `hidden @ weight.T` without ever holding them all."
-    if chunk is None: chunk = 256 if hidden.device.type == "cpu" else 1024
+    device = hidden.device.type
+    if chunk is None: chunk = 256 if device == "cpu" else 4096
     if chunk < 1: raise ValueError(f"chunk is {chunk}; give the number of rows to compute at once, at least 1")
     grad, rows = torch.is_grad_enabled(), hidden.reshape(-1, hidden.shape[-1])
-    return _ChunkedCrossEntropy.apply(rows, weight, targets.reshape(-1), chunk, ignore_index,
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return _ChunkedCrossEntropy.apply(rows, weight, targets.reshape(-1), chunk, ignore_index, gradient, low,
                                       grad and hidden.requires_grad, grad and weight.requires_grad)
 
 # %% ../nbs/01_model.ipynb #eef4201a
@@ -416,4 +447,5 @@ def loss(
     if attention_mask is not None: targets = targets.masked_fill(~attention_mask.bool(), ignore_index)
     _check_range("targets", targets.masked_fill(targets == ignore_index, 0), self.config.vocab_size)
     hidden = self(ids, attention_mask, segment_ids=segment_ids, return_hidden=True)
-    return chunked_cross_entropy(hidden, self.unembedding, targets, chunk=chunk, ignore_index=ignore_index)
+    return chunked_cross_entropy(hidden, self.unembedding, targets, chunk=chunk, ignore_index=ignore_index,
+                                 gradient=self.chunk_gradient)

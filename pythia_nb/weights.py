@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HF_NAMES', 'HF_ACTIVATIONS', 'SAFETENSORS_TYPES', 'LEGACY_BUFFERS', 'MODEL_FILE', 'config_from_hf', 'config_to_hf',
-           'fetch', 'load_config', 'TensorSpec', 'replacing']
+           'fetch', 'load_config', 'TensorSpec', 'replacing', 'saved_config']
 
 # %% ../nbs/02_weights.ipynb #ca54fe95
 import importlib
@@ -407,11 +407,11 @@ def _write_model(
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
                  "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(_saved_config(model), indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(saved_config(model), indent=2) + "\n", encoding="utf-8")
     for path in [*folder.iterdir(), folder]: _sync(path)
 
 # %% ../nbs/02_weights.ipynb #4b8cbc8f
-def _saved_config(
+def saved_config(
     model:Pythia, # what is saved
 ) -> dict: # its config.json
     "The configuration with block size and pattern; functions and patterns that hold data have no text and are left out."

@@ -2,52 +2,19 @@
 import math
 import matplotlib.pyplot as plt
 import numpy as np
+import os
 import pytest
+import signal
+import subprocess
+import sys
 import torch
+from pythia_nb import checkpoint
+from pythia_nb.checkpoint import checkpoints, read_checkpoint, read_log
 from pythia_nb.config import PythiaConfig
-from pythia_nb.data import Batches, split, write_tokens
+from pythia_nb.data import split, write_tokens
 from pythia_nb.model import Pythia
-from pythia_nb.train import (
-    TrainConfig, checkpoints, evaluate, load_checkpoint, lr_at, make_optimizer, newest_checkpoint, plot_history,
-    read_log, restore, running_mean, save_checkpoint, train, train_step,
-)
-from torch import nn
-
-
-def test_lr_schedule():
-    c = TrainConfig(steps=100, lr=2.0, warmup=0.1, min_lr_ratio=0.25)
-    rates = [lr_at(s, c) for s in range(100)]
-    assert rates[:10] == pytest.approx([0.2 * k for k in range(1, 11)]) and rates[10] == pytest.approx(2.0)
-    assert rates[-1] == pytest.approx(0.5) == lr_at(500, c) and all(a >= b for a, b in zip(rates[10:], rates[11:]))
-    assert rates[10 + 45] == pytest.approx(0.5 + 0.75 * (1 + math.cos(math.pi * 45 / 89)))
-    assert lr_at(0, TrainConfig(steps=1)) == 1e-3 and lr_at(0, TrainConfig(steps=10, warmup=0)) == 1e-3
-    assert all(lr_at(s, TrainConfig(steps=4, warmup=1.0)) > 0 for s in range(4))
-
-@pytest.mark.parametrize("options", [dict(steps=0), dict(steps=1.5), dict(batch_size=-1), dict(micro_batch=0),
-                                     dict(lr=0), dict(lr=math.nan), dict(clip=0), dict(warmup=2),
-                                     dict(betas=(0.9, 1.0)), dict(dtype="float16"), dict(weight_decay=-1), dict(keep=0),
-                                     dict(seed=-1)])
-def test_settings_that_make_no_sense(options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))} is .*; give") as e: TrainConfig(**options)
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_weight_decay_groups_are_neox(tied):
-    model = Pythia(PythiaConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, tie_embeddings=tied))
-    spare = {id(p) for m in model.modules() for n, p in m._parameters.items() if p is not None
-             and (isinstance(m, nn.LayerNorm) or n == "bias")}
-    decay, rest = make_optimizer(model, TrainConfig()).param_groups
-    assert {id(p) for p in rest["params"]} == spare and rest["weight_decay"] == 0 and decay["weight_decay"] == 0.1
-    assert {id(p) for p in decay["params"]} == {id(p) for p in model.parameters()} - spare
-    assert any(p is model.embed_in.weight for p in decay["params"])
-
-def test_decay_shrinks_matrices_only():
-    model = Pythia(PythiaConfig(vocab_size=64, hidden_size=32, num_layers=1, num_heads=2)).init_weights(0)
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    for p in model.parameters(): p.grad = torch.zeros_like(p)
-    make_optimizer(model, TrainConfig(lr=0.5, weight_decay=0.1)).step()
-    for n, p in model.named_parameters(): torch.testing.assert_close(p, before[n] * (0.95 if p.ndim == 2 else 1.0))
+from pythia_nb.recipe import TrainConfig
+from pythia_nb.train import plot_history, running_mean, train
 
 
 def toy_model(seed=0, **overrides):
@@ -65,99 +32,8 @@ def toy_config(**options):
     return TrainConfig(**{**dict(steps=12, batch_size=4, seq_len=16, lr=3e-3, warmup=0.2, eval_every=4, eval_batches=2),
                           **options})
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_micro_batches_add_up(micro_batch, tmp_path):
-    batch, c = Batches(toy_data(tmp_path), 16, 8, documents=True)[0], toy_config()
-    a, b = toy_model(), toy_model()
-    whole = train_step(a, make_optimizer(a, c), batch, 1e-3, c)
-    parts = train_step(b, make_optimizer(b, c), batch, 1e-3, toy_config(micro_batch=micro_batch))
-    assert whole == pytest.approx(parts, rel=1e-4)
-    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3)
-
-def test_gradient_is_clipped(tmp_path):
-    batch, model = Batches(toy_data(tmp_path), 16, 8)[0], toy_model()
-    optimizer, seen = make_optimizer(model, toy_config()), []
-    length = lambda: math.sqrt(sum((p.grad ** 2).sum() for p in model.parameters()))
-    optimizer.register_step_pre_hook(lambda *_: seen.append(length()))
-    norm = train_step(model, optimizer, batch, 1e-3, toy_config(clip=0.01))["grad_norm"]
-    assert norm > 0.1 and seen == pytest.approx([0.01], rel=1e-3)
-
-def test_bfloat16_keeps_fp32_weights(tmp_path):
-    batch, c = Batches(toy_data(tmp_path), 16, 8)[0], toy_config(dtype="bfloat16")
-    a, b = toy_model(), toy_model()
-    low = train_step(a, make_optimizer(a, c), batch, 1e-3, c)
-    full = train_step(b, make_optimizer(b, c), batch, 1e-3, toy_config())
-    assert low["loss"] == pytest.approx(full["loss"], rel=0.02) and low["loss"] != full["loss"]
-    assert all(p.dtype == torch.float32 for p in a.parameters())
-
-
-def test_evaluate(tmp_path):
-    model, batches = toy_model(hidden_dropout=0.5).train(), Batches(toy_data(tmp_path), 16, 4)
-    result = evaluate(model, batches)
-    losses = [nn.functional.cross_entropy(model.eval()(i).flatten(0, 1), t.flatten()).item()
-              for i, t in (batches[s] for s in range(batches.steps_per_epoch))]
-    assert result["val_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    assert result["val_perplexity"] == pytest.approx(math.exp(result["val_loss"]))
-    assert result["val_bits_per_token"] == pytest.approx(result["val_loss"] / math.log(2))
-    model.train()
-    assert evaluate(model, batches, 2) == evaluate(model, batches, 2) and model.training
-    assert evaluate(model, batches, 10**6) == result
-
-
-def test_checkpoint_round_trip_and_damage(tmp_path):
-    model, c = toy_model(), toy_config()
-    optimizer = make_optimizer(model, c)
-    train_step(model, optimizer, Batches(toy_data(tmp_path), 16, 4)[0], 1e-3, c)
-    paths = [tmp_path/f"checkpoints/step-{s:08}.pt" for s in (1, 2)]
-    for s, path in enumerate(paths, 1): save_checkpoint(path, model, optimizer, s, c)
-    other = toy_model(1)
-    other_optimizer = make_optimizer(other, c)
-    assert restore(load_checkpoint(paths[0]), other, other_optimizer, c) == 1
-    for p, q in zip(model.parameters(), other.parameters()):
-        assert torch.equal(p, q)
-        assert all(torch.equal(optimizer.state[p][k], other_optimizer.state[q][k])
-                   for k in ("step", "exp_avg", "exp_avg_sq"))
-    whole, weights = paths[1].read_bytes(), model.embed_in.weight.detach().numpy().tobytes()
-    flipped = bytearray(whole); flipped[whole.index(weights[:64]) + 5] ^= 4
-    for damaged in (whole[:-100], whole[:1000], b"", bytes(flipped)):
-        paths[1].write_bytes(damaged)
-        with pytest.warns(UserWarning, match="step-00000002.pt is damaged .*; trying the one before it"):
-            assert newest_checkpoint(tmp_path)["step"] == 1
-    paths[0].write_bytes(b"x")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="all 2 checkpoints in .* are damaged"):
-        newest_checkpoint(tmp_path)
-    assert newest_checkpoint(tmp_path/"empty") is None
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint"): load_checkpoint(tmp_path/"none.pt")
-
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    model, c = toy_model(), toy_config()
-    save_checkpoint(tmp_path/"a.pt", model, make_optimizer(model, c), 1, c)
-    def full_disk(state, path):
-        path.write_bytes(b"half")
-        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="cannot write the checkpoint .*No space left.*earlier checkpoints are intact"):
-        save_checkpoint(tmp_path/"a.pt", model, make_optimizer(model, c), 2, c)
-    assert load_checkpoint(tmp_path/"a.pt")["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
-
-def test_changed_settings_are_named(tmp_path):
-    model, c = toy_model(), toy_config()
-    save_checkpoint(tmp_path/"a.pt", model, make_optimizer(model, c), 1, c)
-    state = load_checkpoint(tmp_path/"a.pt")
-    with pytest.raises(ValueError, match="lr was 0.003 and is 0.1, seed was 0 and is 1; use the old ones"):
-        restore(state, model, make_optimizer(model, c), toy_config(lr=0.1, seed=1))
-    with pytest.raises(ValueError, match="num_layers was 2 and is 1"):
-        restore(state, toy_model(num_layers=1), make_optimizer(model, c), c)
-    assert restore(state, model, make_optimizer(model, c), toy_config(eval_every=1, keep=5, out="elsewhere")) == 1
-
-def test_log_survives_a_torn_line(tmp_path):
-    (tmp_path/"log.jsonl").write_text('{"step": 0, "val_loss": 4.6}\n{"step": 1, "loss": 4.5}\n{"step": 2, "lo')
-    assert [r["step"] for r in read_log(tmp_path)] == [0, 1]
-    assert len(read_log(tmp_path, 0)) == 1 and read_log(tmp_path/"none") == []
-
-
 def without_times(history):
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in history]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s", "memory_gib")} for r in history]
 
 def interrupt_at(step):
     def callback(row):
@@ -167,7 +43,9 @@ def interrupt_at(step):
 @pytest.mark.parametrize("options, shape", [({}, {}),
                                             (dict(micro_batch=3, documents=True),
                                              dict(hidden_dropout=0.2, attention_dropout=0.1)),
-                                            (dict(dtype="bfloat16", save_every=3), dict(tie_embeddings=True))])
+                                            (dict(dtype="bfloat16", save_every=3), dict(tie_embeddings=True)),
+                                            (dict(dtype="float16", schedule="wsd"), {}),
+                                            (dict(patterns=((0, "local"), (6, "dense"))), {})])
 def test_resume_is_bit_identical(tmp_path, options, shape):
     tokens = toy_data(tmp_path)
     whole = toy_model(**shape)
@@ -188,10 +66,11 @@ def test_resume_passes_over_a_damaged_checkpoint(tmp_path):
     tokens, out, whole = toy_data(tmp_path), str(tmp_path/"run"), toy_model()
     train(whole, tokens, toy_config(), progress=False)
     train(toy_model(), tokens, toy_config(out=out), progress=False)
-    assert [p.name for p in checkpoints(out)] == ["step-00000008.pt", "step-00000012.pt"]  # keep=2
-    checkpoints(out)[-1].write_bytes(checkpoints(out)[-1].read_bytes()[:-1000])
+    assert [p.name for p in checkpoints(out)] == ["step-00000008", "step-00000012"]  # keep=2
+    weights = checkpoints(out)[-1]/"__0_0.distcp"
+    weights.write_bytes(weights.read_bytes()[:-1000])
     resumed = toy_model(3)
-    with pytest.warns(UserWarning, match="step-00000012.pt is damaged"):
+    with pytest.warns(UserWarning, match="step-00000012 is damaged"):
         train(resumed, tokens, toy_config(out=out), resume=True, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
     finished = train(resumed, tokens, toy_config(out=out), resume=True, progress=False)  # nothing left to do
@@ -231,9 +110,56 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
     def poison(row):
         if row["step"] == 6: model.embed_in.weight.data[:] = math.nan
     with pytest.raises(FloatingPointError, match=r"the loss is nan .* at step 7 of 12 \(batches\[6\], .*the last "
-                                                 r"checkpoint is .*step-00000004.pt"):
+                                                 r"checkpoint is .*step-00000004"):
         train(model, tokens, toy_config(out=out), progress=False, callback=poison)
-    assert load_checkpoint(checkpoints(out)[-1])["step"] == 4 and not model.embed_out.weight.isnan().any()
+    assert read_checkpoint(checkpoints(out)[-1])["step"] == 4 and not model.embed_out.weight.isnan().any()
+
+def test_a_loss_that_is_no_number_can_be_skipped(tmp_path):
+    tokens, model, kept = toy_data(tmp_path), toy_model(), {}
+    def poison(row):
+        kept[row["step"]] = model.embed_in.weight.detach().clone()
+        if row["step"] == 6: model.embed_in.weight.data[:] = math.nan
+        if row["step"] == 8: model.embed_in.weight.data.copy_(kept[6])
+    history = train(model, tokens, toy_config(on_nonfinite="skip"), progress=False, callback=poison)
+    assert [r["step"] for r in history if "skipped" in r] == [7, 8] and math.isfinite(history[-1]["loss"])
+    def ruin(row): model.embed_in.weight.data[:] = math.nan
+    with pytest.raises(FloatingPointError, match="20 updates in a row were left out, the last at step 21 of 40"):
+        train(model, tokens, toy_config(steps=40, on_nonfinite="skip"), progress=False, callback=ruin)
+
+def test_pattern_changes_in_mid_training(tmp_path):
+    tokens, seen = toy_data(tmp_path), {}
+    model = toy_model().set_pattern("local(2)", 16)
+    switching = toy_config(patterns=((5, "dense"), (9, "strided")), seq_len=64)
+    train(model, tokens, switching, progress=False, callback=lambda row: seen.update({row["step"]: str(model.pattern)}))
+    assert [seen[k] for k in (4, 5, 6, 9, 10, 12)] == ["local(2)"] * 2 + ["dense"] * 2 + ["strided"] * 2
+    with pytest.raises(ValueError, match="unknown pattern 'locale'"):
+        train(model, tokens, toy_config(patterns=((5, "locale"),)), progress=False)
+
+def test_pythia_steps_are_kept(tmp_path):
+    out = tmp_path/"run"
+    train(toy_model(), toy_data(tmp_path), toy_config(out=str(out), pythia_steps=True, keep=1), progress=False)
+    assert [int(p.name[5:]) for p in checkpoints(out)] == [0, 1, 2, 4, 8, 12]
+
+def test_tensorboard_gets_the_log(tmp_path):
+    pytest.importorskip("tensorboard")
+    out = tmp_path/"run"
+    train(toy_model(), toy_data(tmp_path), toy_config(out=str(out), tensorboard=True), progress=False)
+    data = b"".join(p.read_bytes() for p in (out/"tensorboard").iterdir())
+    assert b"val_loss" in data and b"grad_norm" in data
+
+def test_a_full_disk_in_mid_training(tmp_path, monkeypatch):
+    tokens, out, write = toy_data(tmp_path), str(tmp_path/"run"), checkpoint._write_parts
+    def full(folder, *rest):
+        if "00000008" in folder.name: raise OSError(28, "No space left on device")
+        write(folder, *rest)
+    monkeypatch.setattr(checkpoint, "_write_parts", full)
+    with pytest.raises(OSError, match="cannot write the checkpoint .*step-00000008 .*No space left"):
+        train(toy_model(), tokens, toy_config(out=out), progress=False)
+    monkeypatch.undo()
+    whole, resumed = toy_model(), toy_model(4)
+    train(whole, tokens, toy_config(), progress=False)
+    train(resumed, tokens, toy_config(out=out), resume=True, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
 
 def test_plot_history(tmp_path):
     history = train(toy_model(), toy_data(tmp_path), toy_config(), progress=False)
@@ -243,6 +169,59 @@ def test_plot_history(tmp_path):
     plot_history(history, ax=plt.subplots()[1], x="seconds")
     plt.close("all")
     assert running_mean([1, 2, 3, 4], 1).tolist() == [1.5, 2, 3, 3.5] and running_mean([1., 5.], 0).tolist() == [1, 5]
+
+
+CHILD = """
+import os, random, signal, sys, time
+import torch
+from pythia_nb.config import PythiaConfig
+from pythia_nb.data import TokenFile
+from pythia_nb.model import Pythia
+from pythia_nb.train import TrainConfig, train
+folder, kills = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+def live():
+    model = Pythia(PythiaConfig(vocab_size=100, hidden_size=32, num_layers=2, num_heads=2, hidden_dropout=0.1)).init_weights(0)
+    config = TrainConfig(steps=60, batch_size=4, seq_len=16, eval_every=3, eval_batches=1, out=folder + "/run", keep=2)
+    train(model, TokenFile(folder + "/toy"), config, resume=True, progress=False)
+    torch.save(model.state_dict(), folder + "/end.pt")
+random.seed(int(sys.argv[3]))
+for _ in range(kills):
+    child = os.fork()
+    if not child: live(); os._exit(0)
+    time.sleep(random.uniform(0.03, 0.5))
+    os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(os.listdir(folder + "/run/checkpoints")) if os.path.exists(folder + "/run/checkpoints") else 0)
+live()
+"""
+
+def test_killed_twenty_times(tmp_path):
+    toy_data(tmp_path)
+    ends = []
+    for n, kills in enumerate((0, 20)):
+        folder = tmp_path/f"{n}"
+        folder.mkdir()
+        os.link(tmp_path/"toy", folder/"toy")
+        done = subprocess.run([sys.executable, "-c", CHILD, str(folder), str(kills), "0"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        ends.append(torch.load(folder/"end.pt", weights_only=True))
+        assert [r["step"] for r in read_log(folder/"run")] == list(range(61))
+        lives = [line.split() for line in done.stdout.splitlines()]
+        assert len(lives) == kills and sum(code == "-9" for code, _ in lives) >= kills // 2, done.stdout
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+def test_sigterm_saves_and_ends(tmp_path):
+    tokens, out, whole = toy_data(tmp_path), str(tmp_path/"run"), toy_model()
+    train(whole, tokens, toy_config(), progress=False)
+    def terminate(row):
+        if row["step"] == 5: os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
+    history = train(toy_model(), tokens, toy_config(out=out, save_every=100), progress=False, callback=terminate)
+    assert history[-1]["step"] in (5, 6) and signal.getsignal(signal.SIGTERM) is before
+    assert [int(p.name[5:]) for p in checkpoints(out)] == [history[-1]["step"]]
+    resumed = toy_model(3)
+    train(resumed, tokens, toy_config(out=out, save_every=100), resume=True, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
 
 
 def test_mistakes_at_the_start(tmp_path):
@@ -263,7 +242,7 @@ def test_output_folder(tmp_path):
         train(toy_model(), tokens, toy_config(out=str(tmp_path/"file"/"run")), progress=False)
     train(toy_model(), tokens, toy_config(out=out, lr=np.float64(3e-3), seed=np.int64(0)),
           progress=False)  # a Path and NumPy's numbers
-    assert load_checkpoint(checkpoints(out)[-1])["config"]["out"] == str(out)
+    assert read_checkpoint(checkpoints(out)[-1])["config"]["out"] == str(out)
     train(toy_model(), tokens, toy_config(out=str(out)), resume=True, progress=False)
     before = {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     with pytest.raises(FileExistsError, match="holds a run already; use resume=True .* overwrite=True"):
@@ -273,4 +252,4 @@ def test_output_folder(tmp_path):
         train(toy_model(), toy_data(tmp_path, 2000, name="other"), toy_config(out=str(out)), resume=True,
               progress=False)
     train(toy_model(), tokens, toy_config(out=str(out), steps=4), overwrite=True, progress=False)
-    assert [p.name for p in checkpoints(out)] == ["step-00000004.pt"] and len(read_log(out)) == 5
+    assert [p.name for p in checkpoints(out)] == ["step-00000004"] and len(read_log(out)) == 5
