@@ -1,161 +1,33 @@
 "Tests of 14_data. Generated from nbs/14_data.ipynb: edit that, then run pythia_book build."
 import numpy as np
-import os
+import pickle
 import pytest
 import torch
-from pythia_nb.data import (
-    Batches, NOT_TEXT, TokenFile, TokenView, cache_folder, learn_bpe, read_corpus, shuffled, split, stdlib_corpus,
-    tokenize, train_tokenizer, write_tokens,
-)
-from pythia_nb.generate import END_OF_TEXT
+from pythia_nb.data import Batches, TokenView, held_out, merged, quotas, shuffled, split
+from pythia_nb.tokens import JoinedTokens, TokenFile, open_tokens, write_tokens
 
 
-def write_files(folder, files):
-    "Write {name: text or bytes} below a folder"
-    for name, content in files.items():
-        path = folder/name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder
+@pytest.mark.parametrize("n", [*range(1, 40), 255, 256, 257, 10_000, 99_999])
+def test_shuffled_is_a_permutation(n):
+    for seed, epoch in [(0, 0), (0, 1), (7, 0), (2**40, 3)]:
+        assert np.array_equal(np.sort(shuffled(np.arange(n), n, seed, epoch)), np.arange(n))
 
-def test_read_corpus_takes_text_in_order(tmp_path):
-    write_files(tmp_path, {"b.txt": "two\r\n", "a/z.py": "one", "a.md": "\ufeffzero", "c.bin": b"\0",
-                           ".git/x.txt": "no", "d.txt": "  \n",
-                           "e.txt": "three<|endoftext|>\nfour"})
-    corpus = read_corpus(tmp_path)
-    assert corpus.texts == ["zero", "one", "two\n", "three", "\nfour"]
-    assert corpus.names == ["a.md", "a/z.py", "b.txt", "e.txt", "e.txt"]
-    assert read_corpus(tmp_path, extensions=[".py"]).texts == ["one"]
-    assert read_corpus(tmp_path/"b.txt").texts == ["two\n"]
-    assert "1 document," in repr(read_corpus(tmp_path/"b.txt")) and corpus.nbytes == sum(len(t) for t in corpus)
+def test_shuffled_looks_random():
+    n = 20_000
+    p, q, s = (shuffled(np.arange(n), n, *key) for key in [(0, 0), (0, 1), (1, 0)])
+    for x in (p, q, s):
+        assert abs(np.corrcoef(x, np.arange(n))[0, 1]) < 0.03 and abs(np.corrcoef(x[1:], x[:-1])[0, 1]) < 0.03
+    for x, y in ((p, q), (p, s), (q, s)): assert abs(np.corrcoef(x, y)[0, 1]) < 0.03 and (x == y).sum() < 20
+    assert (np.diff(p) == 1).sum() < 10  # hardly any neighbours stay neighbours
+    first = shuffled(np.zeros(4000), 10, 0, np.arange(4000))  # a short permutation over many epochs
+    assert np.abs(np.bincount(first, minlength=10) - 400).max() < 5 * np.sqrt(400)
 
-def test_corpus_mistakes(tmp_path, monkeypatch):
-    write_files(tmp_path, {"empty.txt": "", "bin.txt": b"a\0b", "latin.txt": b"K\xf6ln", "none/x.exe": "x"})
-    for name, error, message in [("empty.txt", ValueError, "is empty: there is nothing to train on"),
-                                 ("bin.txt", ValueError, "is a binary file"),
-                                 ("latin.txt", ValueError, r"is not UTF-8 text \(byte 1 is 0xf6\)"),
-                                 ("none", ValueError, "no text in the folder"),
-                                 ("nothing", FileNotFoundError, "there is no file or folder")]:
-        with pytest.raises(error, match=message) as e: read_corpus(tmp_path/name)
-        assert "\n" not in str(e.value)
-    with pytest.raises(FileNotFoundError, match="has no library sources"): stdlib_corpus(tmp_path)
-    def scandir(folder, real=os.scandir):
-        if str(folder).endswith("locked"): raise PermissionError(13, "Permission denied", str(folder))
-        return real(folder)
-    write_files(tmp_path, {"texts/a.txt": "a", "texts/locked/b.txt": "b", "texts/.locked/c.txt": "c"})
-    monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(OSError, match="cannot read the folder .*texts/locked: Permission"): read_corpus(tmp_path/"texts")
-    if hasattr(os, "geteuid") and os.geteuid() != 0:
-        (tmp_path/"empty.txt").chmod(0)
-        with pytest.raises(OSError, match="cannot read"): read_corpus(tmp_path/"empty.txt")
-
-def test_stdlib_corpus_is_source_and_nothing_else(tmp_path):
-    corpus = read_corpus()
-    assert corpus.texts == stdlib_corpus().texts and len(corpus) > 300
-    assert {"argparse.py", "json/decoder.py"} <= set(corpus.names)
-    assert not any(NOT_TEXT & set(n.split("/")[:-1]) for n in corpus.names)
-    write_files(tmp_path, {"site-packages/a.py": "x", "test/b.py": "x", "c.py": "y", "_sysconfigdata_1.py": "x",
-                           "lib/tests/d.py": "x"})
-    assert stdlib_corpus(tmp_path).names == ["c.py"]
-
-
-WORDS = "def class return import self for while if else None True False lambda yield raise try except with pass".split()
-
-def toy_texts(n=40, words=200, seed=0):
-    "Documents of random Python words and numbers"
-    rng = np.random.default_rng(seed)
-    return [" ".join(f"{WORDS[i]}{i * j % 97}" for i, j in rng.integers(0, len(WORDS), (words, 2))) for _ in range(n)]
-
-def test_tokenizer_is_deterministic_and_cached(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHIA_NB_CACHE", str(tmp_path/"cache"))
-    texts = toy_texts()
-    a = train_tokenizer(texts, 400)
-    files = list((tmp_path/"cache").iterdir())
-    assert len(files) == 1 and a.vocab_size == 400 and a.eos_id == 0 and a.encode(END_OF_TEXT) == [0]
-    assert train_tokenizer(texts, 400, cache=False).hash == a.hash
-    monkeypatch.setattr("pythia_nb.data.learn_bpe", None)  # from here on only the cache can answer
-    assert train_tokenizer(list(texts), 400).hash == a.hash
-    monkeypatch.undo(); monkeypatch.setenv("PYTHIA_NB_CACHE", str(tmp_path/"cache"))
-    train_tokenizer(texts, 401); train_tokenizer(texts[::-1], 400)
-    assert len(list((tmp_path/"cache").iterdir())) == 3
-    for damage in (b"", b"{", files[0].read_bytes()[:-200]):
-        files[0].write_bytes(damage)
-        assert train_tokenizer(texts, 400).hash == a.hash and "is damaged; training it again" in capsys.readouterr().out
-    assert train_tokenizer(texts, 400).hash == a.hash and not capsys.readouterr().out
-    assert a.decode(a.encode("ünï 🦊\n\n  x")) == "ünï 🦊\n\n  x"
-
-def test_cache_folder(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("PYTHIA_NB_CACHE", str(tmp_path)); assert cache_folder() == tmp_path
-    monkeypatch.delenv("PYTHIA_NB_CACHE"); monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path/"pythia_nb"
-    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name/cache"); assert cache_folder().is_absolute()
-    assert "there is no home folder" in capsys.readouterr().out
-    (tmp_path/"file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"file"))  # as good as a home folder that can't be written
-    tok = train_tokenizer(toy_texts(), 300)
-    tokens = tokenize(toy_texts(), tok)
-    assert capsys.readouterr().out.count("can't be written") == 1 and len(tokens) > 0
-    assert cache_folder() == tokens.path.parent and train_tokenizer(toy_texts(), 300).hash == tok.hash
-    monkeypatch.setenv("PYTHIA_NB_CACHE", str(tmp_path/"file"))
-    with pytest.raises(OSError, match="cannot write the cache .* set PYTHIA_NB_CACHE"):
-        train_tokenizer(toy_texts(), 300)
-
-def test_tokenizer_mistakes():
-    with pytest.raises(ValueError, match="the corpus is empty"): train_tokenizer([])
-    with pytest.raises(ValueError, match="vocab_size is 256; a byte-level tokenizer needs 257"):
-        train_tokenizer(["x"], 256, cache=False)
-    with pytest.raises(ValueError, match=r"enough material for \d+ ids only, 10,000 were asked for"):
-        train_tokenizer(["abc abc"], cache=False)
-    assert learn_bpe(toy_texts(), 300, sample=1000).hash == learn_bpe(toy_texts(), 300, sample=1000).hash
-
-
-@pytest.mark.parametrize("vocab_size, dtype", [(300, np.uint16), (65_536, np.uint16), (65_537, np.uint32),
-                                               (150_000, np.uint32)])
-@pytest.mark.parametrize("lengths", [[5], [1, 2, 3], [7, 0, 1], [1000, 1, 999]])
-def test_token_file_round_trip(tmp_path, vocab_size, dtype, lengths):
-    rng = np.random.default_rng(0)
-    documents = [rng.integers(0, vocab_size, n) for n in lengths]
-    documents[0][0] = vocab_size - 1
-    file = write_tokens(tmp_path/"x"/"t.safetensors", iter(documents), vocab_size, "abc")
-    assert (file.tokens.dtype, len(file), file.documents) == (dtype, sum(lengths), len(lengths))
-    assert (file.vocab_size, file.tokenizer_hash) == (vocab_size, "abc")
-    for i, d in enumerate(documents): assert np.array_equal(file[file.offsets[i]:file.offsets[i + 1]], d)
-    assert file.segments(0, len(file)).tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
-    assert not file.tokens.flags.writeable and [p.name for p in (tmp_path/"x").iterdir()] == ["t.safetensors"]
-
-def test_token_file_is_safetensors(tmp_path):
-    from safetensors.numpy import load_file
-    write_tokens(tmp_path/"t", [[1, 2, 3], [4, 0]], 10)
-    arrays = load_file(tmp_path/"t")
-    assert arrays["tokens"].tolist() == [1, 2, 3, 4, 0] and arrays["offsets"].tolist() == [0, 3, 5]
-
-def test_token_file_mistakes(tmp_path):
-    path = tmp_path/"t"
-    whole = write_tokens(path, [[1, 2, 3], [4, 0]], 10) and path.read_bytes()
-    for damaged in (whole[:-1], whole + b"x", whole[:1040], whole[:500]):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is damaged: its header speaks of"): TokenFile(path)
-    for other in (b"", b"hello", b"\xff" * 2000, (10).to_bytes(8, "little") + b"{}        ", whole[:200]):
-        path.write_bytes(other)
-        with pytest.raises(ValueError, match="is not a token file"): TokenFile(path)
-    with pytest.raises(FileNotFoundError, match="cannot read the token file"): TokenFile(tmp_path/"none")
-    for ids in ([3, 10], [-1]):
-        with pytest.raises(ValueError, match="document 1 has ids from .* outside a vocabulary of 10"):
-            write_tokens(tmp_path/"u", [[1], ids], 10)
-    with pytest.raises(ValueError, match="there are no tokens to write"): write_tokens(tmp_path/"u", [], 10)
-    assert not (tmp_path/"u").exists()
-    with pytest.raises(ValueError, match="the corpus is empty"): tokenize([], None)
-
-def test_tokenize_and_its_cache(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHIA_NB_CACHE", str(tmp_path/"cache"))
-    texts = toy_texts(300, 20)
-    tok = train_tokenizer(texts, 300)
-    a, b = tokenize(texts, tok, progress=False), tokenize(texts, tok, tmp_path/"mine")
-    assert np.array_equal(a.tokens, b.tokens) and a.tokenizer_hash == tok.hash and a.documents == 300
-    for i in (0, 255, 256, 299): assert a[a.offsets[i]:a.offsets[i + 1]].tolist() == tok.encode(texts[i]) + [0]
-    a.path.write_bytes(a.path.read_bytes()[:-1])
-    assert len(tokenize(texts, tok)) == len(b) and "is damaged; writing it again" in capsys.readouterr().out
-    assert len(tokenize(texts[:-1], tok)) < len(b)
+def test_shuffled_entries_stand_alone():
+    n = 10**12 + 39
+    i = np.random.default_rng(0).integers(0, n, 100)
+    all_at_once, epochs = shuffled(i, n, 5, 2), np.arange(100) % 3
+    assert all_at_once.max() < n and np.array_equal(all_at_once[[7, 3]], shuffled(i[[7, 3]], n, 5, 2))
+    assert [int(shuffled(i[k], n, 5, epochs[k])) for k in range(9)] == shuffled(i, n, 5, epochs)[:9].tolist()
 
 
 def toy_file(folder, lengths, vocab_size=1000, seed=0):
@@ -182,7 +54,31 @@ def test_split_is_by_documents_and_repeatable(tmp_path):
     assert np.array_equal(b.spans, d.spans) and not np.array_equal(b.spans, f.spans)
     assert 0.045 < len(b) / len(file) <= 0.05 and len(a) + len(b) == len(file)
     both = np.concatenate([a.spans, b.spans])
-    assert np.array_equal(both[both[:, 0].argsort()], np.stack([file.offsets[:-1], file.offsets[1:]], 1))
+    both = both[both[:, 0].argsort()]
+    assert both[0, 0] == 0 and both[-1, 1] == len(file) and (both[1:, 0] == both[:-1, 1]).all()
+    assert np.isin(both, file.offsets).all() and len(a.spans) <= len(b.spans) + 1
+
+def test_split_of_shards_is_that_of_one_file(tmp_path):
+    lengths = np.random.default_rng(5).integers(0, 200, 400)
+    file = toy_file(tmp_path, lengths)
+    for number, (a, b) in enumerate([(0, 150), (150, 151), (151, 400)]):
+        write_tokens(tmp_path/"parts"/f"{number}.safetensors", [file[s:t] for s, t in file.bounds(np.arange(a, b))], 1000)
+    for one, other in zip(split(file, 0.1), split(open_tokens(tmp_path/"parts"), 0.1)):
+        assert np.array_equal(one.spans, other.spans) and np.array_equal(one[0:len(one)], other[0:len(other)])
+        a, b = Batches(one, 32, 4, documents=True)[7], Batches(other, 32, 4, documents=True)[7]
+        assert all(map(torch.equal, a, b))
+    assert Batches(open_tokens(tmp_path/"parts"), 32, 4).fingerprint == Batches(open_tokens(tmp_path/"parts"), 32, 8).fingerprint
+
+def test_merged_spans():
+    assert merged(np.array([[0, 3], [3, 3], [3, 5], [7, 9], [9, 10], [12, 12]])).tolist() == [[0, 5], [7, 10]]
+    assert merged(np.array([[4, 4]])).shape == merged(np.zeros((0, 2), np.int64)).shape == (0, 2)
+
+def test_split_looks_at_few_documents(tmp_path, monkeypatch):
+    file, seen = toy_file(tmp_path, np.random.default_rng(6).integers(1, 30, 5000)), []
+    monkeypatch.setattr(TokenFile, "bounds", lambda self, d, real=TokenFile.bounds: seen.append(len(d)) or real(self, d))
+    held = held_out(file, 0.01 * len(file), 0, block=20)
+    lengths = np.diff(file.offsets)[held]
+    assert 0.0095 * len(file) < lengths.sum() <= 0.01 * len(file) and sum(seen) < 200 and (np.diff(held) > 0).all()
 
 @pytest.mark.parametrize("lengths", [[1000], [900, 100], [10_000, 5, 5], [20]])
 def test_split_of_few_documents_cuts_the_end(tmp_path, lengths):
@@ -195,29 +91,6 @@ def test_split_mistakes(tmp_path):
     for part in (0, 1, -1, 2):
         with pytest.raises(ValueError, match=f"validation is {part}; give the part"):
             split(toy_file(tmp_path, [10]), part)
-
-
-@pytest.mark.parametrize("n", [*range(1, 40), 255, 256, 257, 10_000, 99_999])
-def test_shuffled_is_a_permutation(n):
-    for seed, epoch in [(0, 0), (0, 1), (7, 0), (2**40, 3)]:
-        assert np.array_equal(np.sort(shuffled(np.arange(n), n, seed, epoch)), np.arange(n))
-
-def test_shuffled_looks_random():
-    n = 20_000
-    p, q, s = (shuffled(np.arange(n), n, *key) for key in [(0, 0), (0, 1), (1, 0)])
-    for x in (p, q, s):
-        assert abs(np.corrcoef(x, np.arange(n))[0, 1]) < 0.03 and abs(np.corrcoef(x[1:], x[:-1])[0, 1]) < 0.03
-    for x, y in ((p, q), (p, s), (q, s)): assert abs(np.corrcoef(x, y)[0, 1]) < 0.03 and (x == y).sum() < 20
-    assert (np.diff(p) == 1).sum() < 10  # hardly any neighbours stay neighbours
-    first = shuffled(np.zeros(4000), 10, 0, np.arange(4000))  # a short permutation over many epochs
-    assert np.abs(np.bincount(first, minlength=10) - 400).max() < 5 * np.sqrt(400)
-
-def test_shuffled_entries_stand_alone():
-    n = 10**12 + 39
-    i = np.random.default_rng(0).integers(0, n, 100)
-    all_at_once, epochs = shuffled(i, n, 5, 2), np.arange(100) % 3
-    assert all_at_once.max() < n and np.array_equal(all_at_once[[7, 3]], shuffled(i[[7, 3]], n, 5, 2))
-    assert [int(shuffled(i[k], n, 5, epochs[k])) for k in range(9)] == shuffled(i, n, 5, epochs)[:9].tolist()
 
 
 @pytest.mark.parametrize("n, seq_len, batch_size",
@@ -262,3 +135,58 @@ def test_batches_mistakes():
         with pytest.raises(ValueError, match=r"(seq_len|batch_size|seed) is"):
             Batches(np.arange(10), **{**dict(seq_len=2, batch_size=1), **options})
     with pytest.raises(IndexError, match="step -1 is negative"): Batches(np.arange(10), 2, 1)[-1]
+
+def test_parts_make_the_batch(tmp_path):
+    file = toy_file(tmp_path, np.random.default_rng(8).integers(1, 40, 100))
+    batches = Batches(file, 16, 12, seed=4, documents=True)
+    for step in (0, 5, 10**9):
+        for world in (1, 2, 3, 4, 6, 12):
+            parts = [batches.part(step, rank, world) for rank in range(world)]
+            assert all(torch.equal(torch.cat(p), whole) for p, whole in zip(zip(*parts), batches[step]))
+    assert torch.equal(batches.rows(3, 2, 5)[0], batches[3][0][2:5])
+    with pytest.raises(ValueError, match="a batch of 12 samples can't be divided among 5 ranks"): batches.part(0, 0, 5)
+    with pytest.raises(ValueError, match="rank 2 is not one of 0 to 1"): batches.part(0, 2, 2)
+
+def test_a_mixture_keeps_its_weights_and_every_sample(tmp_path):
+    parts = [write_tokens(tmp_path/str(s), [np.full(n, s)], 1000, "h") for s, n in enumerate([1000, 5000, 300])]
+    batches = Batches(JoinedTokens(parts, [5, 3, 2]), 10, 64, seed=2)
+    assert batches.windows == 99 + 499 + 29 and batches.first.tolist() == [0, 99, 598, 627]
+    seen = np.concatenate([batches.chosen(step) for step in range(128)])  # two blocks of 4096
+    source = np.searchsorted(batches.first, seen, side="right") - 1
+    assert np.bincount(source).tolist() == (2 * quotas([0.5, 0.3, 0.2])).tolist()
+    for s in range(3):  # within a source every window once an epoch
+        counts = np.bincount(seen[source == s] - batches.first[s], minlength=batches.first[s + 1] - batches.first[s])
+        assert counts.max() - counts.min() <= 1
+    ids, targets = batches[77]
+    assert (ids == torch.from_numpy(source[77 * 64:78 * 64])[:, None]).all() and (targets == ids).all()
+    assert batches.fingerprint != Batches(JoinedTokens(parts, [5, 3, 3]), 10, 64, seed=2).fingerprint
+    train, valid = split(batches.tokens, 0.1)
+    assert train.weights == valid.weights == [0.5, 0.3, 0.2] and [len(p) for p in valid.parts] == [100, 500, 30]
+    Batches(valid, 10, 4, documents=True)[3]
+    with pytest.raises(ValueError, match="a weight of .* is less than one sample in 4,096"):
+        Batches(JoinedTokens(parts, [1, 1, 1e-5]), 10, 4)
+
+def test_quotas():
+    for weights in ([1.0], [0.5, 0.5], [1 / 3] * 3, [0.999, 0.001], np.random.default_rng(0).dirichlet([1] * 9)):
+        found = quotas(weights)
+        assert found.sum() == 4096 and np.abs(found - np.asarray(weights) * 4096).max() < 1
+
+def test_loader_gives_the_same_batches():
+    batches = Batches(np.arange(5000), 16, 8, seed=1)
+    for start, stop, ahead in [(0, 7, 2), (5, 6, 0), (3, 3, 2), (1, 4, 9)]:
+        got = list(batches.loader(start, stop, rank=1, world=2, ahead=ahead))
+        assert len(got) == stop - start
+        for step, batch in zip(range(start, stop), got): assert all(map(torch.equal, batch, batches.part(step, 1, 2)))
+    endless = batches.loader(40)
+    assert torch.equal(next(endless)[0], batches[40][0]) and torch.equal(next(endless)[0], batches[41][0])
+    endless.close()
+    with pytest.raises(ValueError, match="can't be divided among 3"): next(batches.loader(rank=0, world=3))
+
+def test_fingerprint_is_of_data_and_order(tmp_path):
+    file = toy_file(tmp_path, [400, 300, 200])
+    base = Batches(file, 16, 8, seed=1).fingerprint
+    assert Batches(pickle.loads(pickle.dumps(file)), 16, 4, seed=1, documents=True).fingerprint == base
+    others = [Batches(file, 15, 8, seed=1), Batches(file, 16, 8, seed=2), Batches(split(file, 0.3)[0], 16, 8, seed=1),
+              Batches(split(file, 0.3)[1], 16, 8, seed=1), Batches(file.tokens, 16, 8, seed=1)]
+    assert len({base, *(b.fingerprint for b in others)}) == 6
+    assert others[-1].fingerprint == Batches(file.tokens.copy(), 16, 8, seed=1).fingerprint
