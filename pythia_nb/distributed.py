@@ -36,8 +36,9 @@ class Processes(Alone):
         self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
         if device == "cuda": torch.cuda.set_device(self.device)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout),
-                                device_id=self.device if device == "cuda" else None)
+        if not dist.is_initialized():  # an earlier team of this program may have done it
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout),
+                                    device_id=self.device if device == "cuda" else None)
         self.words = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))  # for what is no tensor on a GPU
 
     def mean(self, x:Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def test_seed_sets_everything(tmp_path):
 
 def test_it_learns(tmp_path):
     history = train(toy_model(), toy_data(tmp_path), toy_config(steps=80, batch_size=16, lr=1e-2), progress=False)
-    assert history[0]["val_loss"] == pytest.approx(math.log(100), abs=0.2) and history[-1]["val_loss"] < 1.5
+    assert history[0]["val_loss"] == pytest.approx(math.log(100) + 0.2, abs=0.2) and history[-1]["val_loss"] < 1.5
     assert [r["step"] for r in history if "val_loss" in r] == list(range(0, 81, 4))
     assert history[-1]["tokens"] == 80 * 256
     assert all(set(r) >= {"loss", "lr", "grad_norm", "tokens", "seconds", "tokens_per_s"} for r in history[1:])
@@ -182,14 +182,14 @@ folder, kills = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 def live():
     model = Pythia(PythiaConfig(vocab_size=100, hidden_size=32, num_layers=2, num_heads=2, hidden_dropout=0.1)).init_weights(0)
-    config = TrainConfig(steps=60, batch_size=4, seq_len=16, eval_every=3, eval_batches=1, out=folder + "/run", keep=2)
+    config = TrainConfig(steps=240, batch_size=4, seq_len=16, eval_every=3, eval_batches=1, out=folder + "/run", keep=2)
     train(model, TokenFile(folder + "/toy"), config, resume=True, progress=False)
     torch.save(model.state_dict(), folder + "/end.pt")
 random.seed(int(sys.argv[3]))
 for _ in range(kills):
     child = os.fork()
     if not child: live(); os._exit(0)
-    time.sleep(random.uniform(0.03, 0.5))
+    time.sleep(random.uniform(0.03, 0.4))
     os.kill(child, signal.SIGKILL)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(os.listdir(folder + "/run/checkpoints")) if os.path.exists(folder + "/run/checkpoints") else 0)
 live()
@@ -205,7 +205,7 @@ def test_killed_twenty_times(tmp_path):
         done = subprocess.run([sys.executable, "-c", CHILD, str(folder), str(kills), "0"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         ends.append(torch.load(folder/"end.pt", weights_only=True))
-        assert [r["step"] for r in read_log(folder/"run")] == list(range(61))
+        assert [r["step"] for r in read_log(folder/"run")] == list(range(241))
         lives = [line.split() for line in done.stdout.splitlines()]
         assert len(lives) == kills and sum(code == "-9" for code, _ in lives) >= kills // 2, done.stdout
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
@@ -248,7 +248,7 @@ def test_output_folder(tmp_path):
     with pytest.raises(FileExistsError, match="holds a run already; use resume=True .* overwrite=True"):
         train(toy_model(), tokens, toy_config(out=str(out)), progress=False)
     assert {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
-    with pytest.raises(ValueError, match="data was .*and is"):
+    with pytest.raises(ValueError, match="data was .* tokens with the fingerprint .* and is"):
         train(toy_model(), toy_data(tmp_path, 2000, name="other"), toy_config(out=str(out)), resume=True,
               progress=False)
     train(toy_model(), tokens, toy_config(out=str(out), steps=4), overwrite=True, progress=False)

@@ -33,7 +33,7 @@ def job(folder, name, strategy, stop=0, meta=False):
     try: train(model.set_pattern("local(2)", 16), TokenFile(f"{folder}/toy"), config, resume=True, progress=False,
                callback=interrupt, team=team)
     except KeyboardInterrupt: pass
-    if team.world > 1: team.close()
+    return team
 """
 
 def toy_data(folder, n=4000, vocab_size=100):
@@ -44,7 +44,8 @@ def toy_data(folder, n=4000, vocab_size=100):
 
 def launch(folder, *jobs, world=2):
     "Do jobs one after the other: in one process, or in several that torchrun starts"
-    (folder/"jobs.py").write_text(JOBS + "".join(f"job({str(folder)!r}, {job})\n" for job in jobs))
+    (folder/"jobs.py").write_text(JOBS + "".join(f"team = job({str(folder)!r}, {job})\n" for job in jobs) +
+                                   "if team.world > 1: team.close()\n")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
     done = subprocess.run([sys.executable, *torchrun, str(folder/"jobs.py")], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)

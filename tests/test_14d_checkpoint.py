@@ -1,4 +1,4 @@
-"Tests of 14e_checkpoint. Generated from nbs/14e_checkpoint.ipynb: edit that, then run pythia_book build."
+"Tests of 14d_checkpoint. Generated from nbs/14d_checkpoint.ipynb: edit that, then run pythia_book build."
 import numpy as np
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"Tests of 14d_recipe. Generated from nbs/14d_recipe.ipynb: edit that, then run pythia_book build."
+"Tests of 14c_recipe. Generated from nbs/14c_recipe.ipynb: edit that, then run pythia_book build."
 import copy
 import math
 import numpy as np
