@@ -216,4 +216,6 @@ def export_main(argv=None) -> int:
     p.add_argument("--pattern", default=None, help="attend by this pattern instead of the run's own")
     return as_command(lambda args: export_checkpoint(args.checkpoint, args.out, args.dtype, args.pattern), p, argv)
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules: sys.exit(main())
+# %% ../nbs/21a_train_command.ipynb #7992afc9
+#| eval: false
+if __name__ == "__main__": sys.exit(main())

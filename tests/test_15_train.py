@@ -11,9 +11,10 @@ import torch
 from pythia_nb import checkpoint
 from pythia_nb.checkpoint import checkpoints, read_checkpoint, read_log
 from pythia_nb.config import PythiaConfig
-from pythia_nb.data import split, write_tokens
+from pythia_nb.data import split
 from pythia_nb.model import Pythia
 from pythia_nb.recipe import TrainConfig
+from pythia_nb.tokens import write_tokens
 from pythia_nb.train import plot_history, running_mean, train
 
 
@@ -175,7 +176,7 @@ CHILD = """
 import os, random, signal, sys, time
 import torch
 from pythia_nb.config import PythiaConfig
-from pythia_nb.data import TokenFile
+from pythia_nb.tokens import TokenFile
 from pythia_nb.model import Pythia
 from pythia_nb.train import TrainConfig, train
 folder, kills = sys.argv[1], int(sys.argv[2])

@@ -6,15 +6,15 @@ import subprocess
 import sys
 import torch
 from pythia_nb.checkpoint import checkpoints, read_checkpoint, read_log
-from pythia_nb.data import write_tokens
 from pythia_nb.distributed import export_checkpoint, start_team
 from pythia_nb.model import Pythia
+from pythia_nb.tokens import write_tokens
 
 
 JOBS = """
 import sys, torch
 from pythia_nb.config import PythiaConfig
-from pythia_nb.data import TokenFile
+from pythia_nb.tokens import TokenFile
 from pythia_nb.distributed import start_team
 from pythia_nb.model import Pythia
 from pythia_nb.train import TrainConfig, train
