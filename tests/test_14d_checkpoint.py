@@ -1,6 +1,7 @@
 "Tests of 14d_checkpoint. Generated from nbs/14d_checkpoint.ipynb: edit that, then run pythia_book build."
 import numpy as np
 import pytest
+import resource
 import torch
 import torch.distributed.checkpoint as dcp
 from pythia_nb.checkpoint import (
@@ -76,6 +77,19 @@ def test_a_failed_save_leaves_the_old_checkpoints(error, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="cannot write the checkpoint .*No space left.*earlier checkpoints are intact"):
             save_checkpoint(tmp_path/name, model, optimizer, 2, TrainConfig())
     assert read_checkpoint(tmp_path/"a")["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+def test_a_disk_that_is_full_in_earnest(tmp_path):
+    "The operating system refuses to write more than so many bytes into a file, in the middle of the weights."
+    model, optimizer = toy_run(hidden_size=128)
+    save_checkpoint(tmp_path/"a", model, optimizer, 1, TrainConfig())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(OSError, match="cannot write the checkpoint .*earlier checkpoints are intact") as e:
+            save_checkpoint(tmp_path/"b", model, optimizer, 2, TrainConfig())
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(e.value) and read_checkpoint(tmp_path/"a")["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 def test_changed_settings_are_named(tmp_path):
     model, optimizer = toy_run()

@@ -69,6 +69,16 @@ def test_teams_agree_and_checkpoints_move_between_them(tmp_path):
     again, ids = Pythia.from_pretrained(tmp_path/"model"), torch.arange(32)[None]
     assert str(again.pattern) == "local(2)" and again.block == 16 and torch.equal(again(ids), model(ids))
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_four_processes_follow_one(strategy, tmp_path):
+    toy_data(tmp_path)
+    launch(tmp_path, "'alone', 'ddp'", world=1)
+    launch(tmp_path, f"'four', {strategy!r}", world=4)
+    assert curve(tmp_path/"four") == pytest.approx(curve(tmp_path/"alone"), rel=2e-4)
+
+
 @pytest.mark.parametrize("strategy, dtype, message", [("zero", "float32", "strategy is 'zero'; give 'ddp' or 'fsdp'"),
                                                       ("fsdp", "float16", "use bfloat16")])
 def test_what_a_team_cannot_do(strategy, dtype, message, monkeypatch):
