@@ -533,7 +533,7 @@ def cuda_backward(
     layout: BlockLayout, scale: float, segments, kv_lengths,
 ) -> tuple[Tensor, Tensor, Tensor]:          # dq, dk, dv like q, k, v
     "Gradients of block-sparse attention by the CUDA kernels; the same bits in every run"
-    given, masks, lse, dlse = (q, k, v), mask_tensors(layout, segments, kv_lengths, len(q)), lse.contiguous(), None if dlse is None else dlse.contiguous()
+    given, masks, lse, dlse = (q, k, v), mask_tensors(layout, segments, kv_lengths, q.shape[0]), lse.contiguous(), None if dlse is None else dlse.contiguous()
     q, k, v, o, do = aligned(q), aligned(k), aligned(v), aligned(o), aligned(do)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     (B, H, L, D), N, S, device = q.shape, layout.block, k.shape[2], q.device

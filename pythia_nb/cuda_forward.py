@@ -615,6 +615,7 @@ def forward_hash() -> str:
     return source_hash(FORWARD, COMBINE, tiles=[forward_tiles(D, N) for D in (32, 64, 80, 128, 256) for N in (16, 32, 64, 128)])
 
 # %% ../nbs/07_cuda_forward.ipynb #4c304ff5
+@functools.cache
 def chunk_size(
     visible: int,    # entries of all lists, over heads and batch
     slots: int,      # thread blocks that run at once
@@ -659,12 +660,12 @@ def cuda_forward(
     kv_lengths: Tensor | None,               # keys that exist in each sequence, [B]
 ) -> tuple[Tensor, Tensor]:                  # o like q, lse [B, H, L] fp32
     "Block-sparse attention by the CUDA kernel"
-    given, q, k, v, masks = q, aligned(q), aligned(k), aligned(v), mask_tensors(layout, segments, kv_lengths, len(q))
+    given, q, k, v, masks = q, aligned(q), aligned(k), aligned(v), mask_tensors(layout, segments, kv_lengths, q.shape[0])
     (B, H, L, D), N, device = q.shape, layout.block, q.device
     t, kernel, combine = forward_kernels(D, N, q.dtype == torch.bfloat16, device)
     wide = B if layout.heads > 1 else B * H
     plan = make_plan(layout, False, t, wide, device)
-    o, lse = torch.empty_like(q), q.new_empty((B, H, L), dtype=torch.float32)
+    o, lse = torch.empty_like(q), torch.empty(B, H, L, dtype=torch.float32, device=device)
     n = partial_rows(plan, wide, N)
     partial, partial_lse = (lse.new_empty((n, D)), lse.new_empty(n)) if n else (None, None)
     params = pack_params(plan, layout, scale, masks, segments is not None,
