@@ -157,23 +157,43 @@ extern "C" __global__ void __launch_bounds__(256) attention_prepare(const __grid
 
 # %% ../nbs/08_cuda_backward.ipynb #4335cb54
 BACKWARD = r'''
+// What is seldom needed stays in shared memory: the work, and where its q, dO, the queries' scalars and the sums of dQ begin
+struct Kept : Work { int turn; const u16 *q, *dout; const float4* rows; int* sums; };
 constexpr int LDS = BN + 8;    // elements between rows of dS in shared memory
-constexpr int WQ = BN / 16, WD = WARPS / WQ > 0 ? WARPS / WQ : 1, QS = WARPS >= WQ ? 1 : WQ / WARPS;    // dQ: strips of queries x groups of columns
+constexpr int WQ = BN / (16 * QT), WD = WARPS / WQ > 0 ? WARPS / WQ : 1, QS = WARPS >= WQ ? 1 : WQ / WARPS;    // dQ: groups of QT strips of queries x groups of columns
+constexpr int PHASES = SPLIT > 1 ? 2 : 1;                                               // half of the warps begin a tile with dQ, the others with S
+constexpr bool ONE_ENTRY = N >= 16 * QT;                                                // are the strips of a group in one entry?
 constexpr int NQ = (D / 16 + WD - 1) / WD;                                              // 16-column tiles of a warp
+static_assert(SPLIT == 1 || SPLIT == STEPS, "a warp has one step of a tile");
+// A warp's P or dS to shared memory, another's from there as an operand, and a barrier of the warps that share keys
+__device__ __forceinline__ void keep(const u32 (&a)[MT][4], u16* dst) {
+  #pragma unroll
+  for (int i = 0; i < MT; i++)
+    #pragma unroll
+    for (int e = 0; e < 4; e++) *(u32*)(dst + (i * 16 + frag_row(e % 2 * 2)) * LDS + e / 2 * 8 + frag_col(0)) = a[i][e];
+}
+__device__ __forceinline__ void load_kept(u32 (&a)[MT][4], u32 base, int row, int col) {
+  const int l = threadIdx.x % 32;
+  #pragma unroll
+  for (int i = 0; i < MT; i++) ldmatrix(a[i], base + ((row + i * 16 + l % 16) * LDS + col + l / 16 * 8) * 2);
+}
+__device__ __forceinline__ void meet(int which) { asm volatile("bar.sync %0, %1;" :: "r"(which + 1), "n"(32 * SPLIT) : "memory"); }
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_backward(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) u16 shared[];
   const u32 k_tile = smem_address(shared), v_tile = k_tile + BM * LD * 2, tiles_at = v_tile + BM * LD * 2;
   constexpr int TILE = BN * LD * 2;
   const u32 ds_tile = tiles_at + 4 * TILE;
   u16* ds_shared = shared + (2 * BM + 4 * BN) * LD;
-  float4* scalars = (float4*)(ds_shared + 2 * BM * LDS);    // three stages of BN
+  u16* p_shared = ds_shared + 2 * BM * LDS;                 // P, where warps share keys
+  const u32 p_tile = ds_tile + 2 * BM * LDS * 2;
+  float4* scalars = (float4*)(p_shared + (SPLIT > 1 ? BM * LDS : 0));    // four stages of BN
   const u32 scalars_at = smem_address(scalars);
-  float* to_unit = (float*)(scalars + 3 * BN);             // for each column the units in its bound
-  __shared__ Work kept;                                    // what is seldom needed stays out of the registers
+  float* to_unit = (float*)(scalars + 4 * BN);             // for each column the units in its bound
+  __shared__ Kept kept;
+  __shared__ Entries entries;
   Work w;
   if (!this_work(p, w, 0)) return;
-  if (threadIdx.x == 0) kept = w;
-  const int warp = threadIdx.x / 32, row0 = warp * 16 * MT, list = G > 1 ? row0 / N : 0;
+  const int warp = threadIdx.x / 32, row0 = warp / SPLIT * 16 * MT, part = warp % SPLIT, column0 = part * (D / SPLIT), list = G > 1 ? row0 / N : 0;
   const int k_warp = own_position(p, w.at, w.first, row0, 0);
   const int keys = key_count(p, w.b), shift = p.first_row * N - p.q_start;    // list entries count rows of the layout; x = entry * N + offset + shift
   const float c = p.scale * LOG2E;
@@ -181,25 +201,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_backward(c
 
   // A part of a long column starts at a tile of its own, so that columns seen by the same queries don't add to the same sums at the same time
   const int turn = w.slot >= 0 ? w.at * 5 % tiles : 0;
-  auto tile_of = [&](int t) { return t + turn < tiles ? t + turn : t + turn - tiles; };
-  auto fetch = [&](const Work& w, int t) {
-    const u16* q = p.q + w.b * p.q_b + w.h * p.q_h;
-    const u16* dout = p.dout + w.b * p.do_b + w.h * p.do_h;
-    const float4* rows = (const float4*)p.rows + ((i64)w.b * p.H + w.h) * p.L;
-    const int from = tile_of(t) * BN;
-    const u32 dst = tiles_at + (t & 1) * 2 * TILE, to_scalars = scalars_at + t % 3 * BN * 16;
+  auto find = [&](int t, int turn, int start, int end) { find_entries(p, entries, t, t + turn < tiles ? t + turn : t + turn - tiles, start, end); };
+  find(0, turn, w.start, w.end); find(1, turn, w.start, w.end);
+  const i64 bh = (i64)w.b * p.H + w.h;
+  if (threadIdx.x == 0)
+    kept = Kept{w, turn, p.q + w.b * p.q_b + w.h * p.q_h, p.dout + w.b * p.do_b + w.h * p.do_h, (const float4*)p.rows + bh * p.L, p.dq_sum + bh * p.strips * (16 * D)};
+  auto fetch = [&](int t) {
+    const u32 dst = tiles_at + (t & 1) * 2 * TILE;
+    auto at = [&](int row) { return entry_at(entries, t, row).x + shift; };
     if constexpr (N >= BN) {
-      const int x = position(entry_of(p, w, from), from) + shift;
-      load_block<BN>(dst, q, p.q_l, p.L, x);
-      load_block<BN>(dst + TILE, dout, p.do_l, p.L, x);
-      // zeros where there is no query: then q and dO are zero too, and so is dS
-      if (threadIdx.x < BN) { const bool there = (u32)(x + threadIdx.x) < (u32)p.L; copy_async(to_scalars + threadIdx.x * 16, rows + (there ? x + threadIdx.x : 0), there); }
+      load_block<BN>(dst, kept.q, p.q_l, p.L, at(0));
+      load_block<BN>(dst + TILE, kept.dout, p.do_l, p.L, at(0));
     } else {
-      auto at = [&](int row) { const int y = position(entry_of(p, w, from + row), from + row); return y < 0 ? -1 : y + shift; };
-      load_rows<BN>(dst, q, p.q_l, p.L, at);
-      load_rows<BN>(dst + TILE, dout, p.do_l, p.L, at);
-      if (threadIdx.x < BN) { const int x = at(threadIdx.x); const bool there = (u32)x < (u32)p.L; copy_async(to_scalars + threadIdx.x * 16, rows + (there ? x : 0), there); }
+      load_rows<BN>(dst, kept.q, p.q_l, p.L, at);
+      load_rows<BN>(dst + TILE, kept.dout, p.do_l, p.L, at);
     }
+    // zeros where there is no query: then q and dO are zero too, and so is dS
+    if (threadIdx.x < BN) { const int x = at(threadIdx.x); const bool there = (u32)x < (u32)p.L; copy_async(scalars_at + ((t & 3) * BN + threadIdx.x) * 16, kept.rows + (there ? x : 0), there); }
   };
   static_assert(BN <= THREADS, "one thread a query");
   auto load_own = [&](u32 dst, const u16* src, int stride) {
@@ -208,46 +226,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_backward(c
   };
   load_own(k_tile, p.k + w.b * p.k_b + w.h * p.k_h, p.k_l);
   load_own(v_tile, p.v + w.b * p.v_b + w.h * p.v_h, p.v_l);
-  if (tiles) fetch(w, 0);
+  __syncthreads();
+  if (tiles) fetch(0);
   commit();
-  float dk[PART & 2 ? MT : 1][PART & 2 ? DT : 1][4], dv[PART & 1 ? MT : 1][PART & 1 ? DT : 1][4];
+  float dk[PART & 2 ? MT : 1][PART & 2 ? DT / SPLIT : 1][4], dv[PART & 1 ? MT : 1][PART & 1 ? DT / SPLIT : 1][4];
   fill(dk, 0.f); fill(dv, 0.f);
   // dQ is summed in whole numbers, which add up the same in any order; its unit is a row's bound times a column's over 2^30
   const int wd = warp / WQ % WD;
   if constexpr (PART & 2)
-    for (int i = threadIdx.x; i < D; i += THREADS) {
-      const float bound = __uint_as_float(p.bounds[(w.b * p.H + w.h) * (D + 1) + i]);
-      to_unit[i] = bound > 0.f ? (float)(1 << 30) / bound : 0.f;
+    for (int i = threadIdx.x; i <= D; i += THREADS) {
+      const float bound = __uint_as_float(p.bounds[bh * (D + 1) + i]);
+      to_unit[i] = i == D ? sqrtf(bound) : bound > 0.f ? (float)(1 << 30) / bound : 0.f;    // behind the units the largest norm of a value
     }
-  const float v_top = PART & 2 ? sqrtf(__uint_as_float(p.bounds[(w.b * p.H + w.h) * (D + 1) + D])) : 0.f;
   u32 nothing[1][MT][4];
 
+  auto visible = [&](int t, int step) {    // does the warp's list see any of a step?
+    bool any = false;
+    #pragma unroll
+    for (int e = 0; e < E; e++) {
+      const int2 entry = entry_at(entries, t, step * BS + e * N);
+      any |= (entry.y >> list) & 1 && !(p.causal && k_warp > entry.x + p.first_row * N + (N < BS ? N : BS) - 1);
+    }
+    return any;
+  };
   auto add_dq = [&](int t) {
-    const float4* scalar = scalars + t % 3 * BN;
-    // dQ += dS K over the keys of all warps; a warp has 16 queries and some of the columns
+    const float4* scalar = scalars + (t & 3) * BN;
+    // dQ += dS K over the keys of all warps; a warp has QT strips of 16 queries and some of the columns
     #pragma unroll
     for (int qs = 0; qs < QS; qs++) {
-      const int strip = warp % WQ + qs * WARPS;
-      const int at = tile_of(t) * BN + strip * 16;
-      const int2 entry = entry_of(p, w, at);
-      const int y = position(entry, at);
-      if (y < 0) continue;
-      const float4 row_lo = scalar[strip * 16 + frag_row(0)], row_hi = scalar[strip * 16 + frag_row(2)];
-      const float to_row[2] = {reciprocal(row_bound(row_lo, v_top)), reciprocal(row_bound(row_hi, v_top))};
-      int* sum = p.dq_sum + (((i64)kept.b * p.H + kept.h) * p.strips + y / 16) * (16 * D) + wd * 256 + threadIdx.x % 32;
+      const int strip = (warp % WQ + qs * WARPS) * QT;
+      int y[ONE_ENTRY ? 1 : QT]; u32 bits = 0;
+      float to_row[QT][2];
+      #pragma unroll
+      for (int i = 0; i < QT; i++) {
+        if (!ONE_ENTRY || i == 0) { const int2 entry = entry_at(entries, t, (strip + i) * 16); y[i] = entry.x; bits |= entry.y; }
+        const float4* row = scalar + (strip + i) * 16;
+        to_row[i][0] = reciprocal(row_bound(row[frag_row(0)], to_unit[D])); to_row[i][1] = reciprocal(row_bound(row[frag_row(2)], to_unit[D]));
+      }
+      if (y[0] < 0) continue;
+      int* sums = kept.sums + wd * 256 + threadIdx.x % 32;
       #pragma unroll
       for (int n0 = 0; n0 < NQ; n0 += 2) {    // two tiles of 16 columns at once: more would not fit the registers
-        float dq[2][2][4] = {};
+        float dq[QT][2][2][4] = {};
         #pragma unroll
         for (int kk = 0; kk < BM / 16; kk++) {
-          if (G > 1 && !((entry.y >> (kk * 16 / N)) & 1)) continue;
+          if (G > 1 && !((bits >> (kk * 16 / N)) & 1)) continue;
           const int l = threadIdx.x % 32;
-          u32 a[4]; ldmatrix_t(a, ds_tile + ((t & 1) * BM * LDS + (kk * 16 + l / 16 * 8 + l % 8) * LDS + strip * 16 + l / 8 % 2 * 8) * 2);
+          u32 a[QT][4];
+          #pragma unroll
+          for (int i = 0; i < QT; i++)
+            ldmatrix_t(a[i], ds_tile + ((t & 1) * BM * LDS + (kk * 16 + l / 16 * 8 + l % 8) * LDS + (strip + i) * 16 + l / 8 % 2 * 8) * 2);
           #pragma unroll
           for (int n = n0; n < n0 + 2 && n < NQ; n++) {
             if (D / 16 % WD && n * WD + wd >= D / 16) continue;
             u32 b[4]; ldmatrix_t(b, bt_address(k_tile, kk * 16, (n * WD + wd) * 16));
-            mma(dq[n - n0][0], a, b[0], b[1]); mma(dq[n - n0][1], a, b[2], b[3]);
+            #pragma unroll
+            for (int i = 0; i < QT; i++) { mma(dq[i][n - n0][0], a[i], b[0], b[1]); mma(dq[i][n - n0][1], a[i], b[2], b[3]); }
           }
         }
         #pragma unroll
@@ -257,8 +291,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_backward(c
           for (int half = 0; half < 2; half++) {
             const float2 unit = *(const float2*)(to_unit + (n * WD + wd) * 16 + half * 8 + frag_col(0));
             #pragma unroll
-            for (int e = 0; e < 4; e++)
-              reduce_add(sum + (n * WD * 8 + half * 4 + e) * 32, __float2int_rn(dq[n - n0][half][e] * to_row[e / 2] * (e % 2 ? unit.y : unit.x)));
+            for (int i = 0; i < QT; i++) {
+              if (!ONE_ENTRY && i && y[i] < 0) continue;
+              int* sum = sums + (ONE_ENTRY ? (i64)(y[0] / 16) * (16 * D) + i * 16 * D : (i64)(y[i] / 16) * (16 * D));
+              #pragma unroll
+              for (int e = 0; e < 4; e++)
+                reduce_add(sum + (n * WD * 8 + half * 4 + e) * 32, __float2int_rn(dq[i][n - n0][half][e] * to_row[i][e / 2] * (e % 2 ? unit.y : unit.x)));
+            }
           }
         }
       }
@@ -267,106 +306,127 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_backward(c
   #pragma unroll 1
   for (int t = 0; t < tiles; t++) {
     wait<0>(); __syncthreads();                       // tile t is there, and nobody reads the other stage any more
-    if (t + 1 < tiles) fetch(kept, t + 1);
+    if (t + 1 < tiles) fetch(t + 1);
     commit();
-    if constexpr (PART & 2) if (t) add_dq(t - 1);
+    find(t + 2, kept.turn, kept.start, kept.end);
     #pragma unroll 1
-    for (int step = 0; step < STEPS; step++) {
-      const int u = tile_of(t) * BN + step * BS;
-      bool any = false, masked = p.untrusted, sees[E]; int base[E];
-      #pragma unroll
-      for (int e = 0; e < E; e++) {
-        const int2 entry = entry_of(p, w, u + e * N);
-        const int y = position(entry, u);
-        base[e] = y < 0 ? -0x40000000 : y + p.first_row * N;
-        sees[e] = (entry.y >> list) & 1 && !(p.causal && k_warp > base[e] + (N < BS ? N : BS) - 1);
-        any |= sees[e];
-        masked |= !sees[e] || !((entry.y >> (8 + list)) & 1);
+    for (int phase = 0; phase < PHASES; phase++) {
+      if (PART & 2 && (PHASES == 1 || (phase == 0) == (warp < WARPS / 2))) {
+        if (t) add_dq(t - 1);
+        if (PHASES == 2) continue;
       }
-      masked |= k_warp + 16 * MT > keys;
-      const u32 q_tile = tiles_at + ((t & 1) * 2 * BN + step * BS) * LD * 2, do_tile = q_tile + TILE;
-      const float4* scalar = scalars + t % 3 * BN + step * BS;
-      u16* ds_own = ds_shared + ((t & 1) * BM + row0) * LDS + step * BS;
-      if (any) {
-        float s[MT][NT][4];
-        fill(s, 0.f);
-        product_abt<false, 0, NT>(s, nothing, k_tile, row0, q_tile);
-        float dp[PART & 2 ? MT : 1][PART & 2 ? NT : 1][4];
-        if constexpr (PART & 2) { fill(dp, 0.f); product_abt<false, 0, NT>(dp, nothing, v_tile, row0, do_tile); }
+      #pragma unroll 1
+      for (int step = part; step < STEPS; step += SPLIT) {
+        bool any = false, masked = p.untrusted, sees[E]; int base[E];
         #pragma unroll
-        for (int j = 0; j < NT; j++)
-          #pragma unroll
-          for (int e = 0; e < 2; e++) {
-            const float lse2 = scalar[j * 8 + frag_col(e)].x;
-            #pragma unroll
-            for (int i = 0; i < MT; i++)
-              #pragma unroll
-              for (int half = 0; half < 2; half++) s[i][j][half * 2 + e] = ex2(fmaf(s[i][j][half * 2 + e], c, -lse2));
-          }
-        if (masked) {
-          #pragma unroll
-          for (int i = 0; i < MT; i++)
-            #pragma unroll
-            for (int half = 0; half < 2; half++) {
-              const int key = k_warp + i * 16 + frag_row(half * 2);
-              const int first = key >= keys ? 0x7fffffff : p.causal ? key : -0x3fffffff;    // the first query that sees the key
-              #pragma unroll
-              for (int j = 0; j < NT; j++)
-                #pragma unroll
-                for (int e = 0; e < 2; e++)
-                  if (!sees[j * E / NT] || base[j * E / NT] + j % (NT / E) * 8 + frag_col(e) < first) s[i][j][half * 2 + e] = 0.f;
-              if (p.q_ids) {
-                const int id = key_id(p, kept.b, key);
-                #pragma unroll
-                for (int j = 0; j < NT; j++)
-                  #pragma unroll
-                  for (int e = 0; e < 2; e++)
-                    if (query_id(p, kept.b, base[j * E / NT] + j % (NT / E) * 8 + frag_col(e)) != id) s[i][j][half * 2 + e] = 0.f;
-              }
-            }
+        for (int e = 0; e < E; e++) {
+          const int2 entry = entry_at(entries, t, step * BS + e * N);
+          base[e] = entry.x + p.first_row * N;
+          sees[e] = (entry.y >> list) & 1 && !(p.causal && k_warp > base[e] + (N < BS ? N : BS) - 1);
+          any |= sees[e];
+          masked |= !sees[e] || !((entry.y >> (8 + list)) & 1);
         }
-        if constexpr (PART & 1) {
-          #pragma unroll
-          for (int kk = 0; kk < BS / 16; kk++) { u32 a[MT][4]; to_a(a, s, kk); product_ab(dv, a, do_tile, kk * 16); }
-        }
-        if constexpr (PART & 2) {
+        masked |= k_warp + 16 * MT > keys;
+        const u32 q_tile = tiles_at + ((t & 1) * 2 * BN + step * BS) * LD * 2, do_tile = q_tile + TILE;
+        const float4* scalar = scalars + (t & 3) * BN + step * BS;
+        u16* ds_own = ds_shared + ((t & 1) * BM + row0) * LDS + step * BS;
+        if (any) {
+          float s[MT][NT][4];
+          fill(s, 0.f);
+          product_abt<false, 0, NT>(s, nothing, k_tile, row0, q_tile);
+          float dp[PART & 2 ? MT : 1][PART & 2 ? NT : 1][4];
+          if constexpr (PART & 2) { fill(dp, 0.f); product_abt<false, 0, NT>(dp, nothing, v_tile, row0, do_tile); }
           #pragma unroll
           for (int j = 0; j < NT; j++)
             #pragma unroll
             for (int e = 0; e < 2; e++) {
-              const float delta = scalar[j * 8 + frag_col(e)].y;
+              const float lse2 = scalar[j * 8 + frag_col(e)].x;
               #pragma unroll
               for (int i = 0; i < MT; i++)
                 #pragma unroll
-                for (int half = 0; half < 2; half++) s[i][j][half * 2 + e] *= dp[i][j][half * 2 + e] - delta;
+                for (int half = 0; half < 2; half++) s[i][j][half * 2 + e] = ex2(fmaf(s[i][j][half * 2 + e], c, -lse2));
             }
-          #pragma unroll
-          for (int kk = 0; kk < BS / 16; kk++) {
-            u32 a[MT][4]; to_a(a, s, kk);
+          if (masked) {
             #pragma unroll
             for (int i = 0; i < MT; i++)
               #pragma unroll
-              for (int e = 0; e < 4; e++)
-                *(u32*)(ds_own + (i * 16 + frag_row(e % 2 * 2)) * LDS + kk * 16 + e / 2 * 8 + frag_col(0)) = a[i][e];
-            product_ab(dk, a, q_tile, kk * 16);
+              for (int half = 0; half < 2; half++) {
+                const int key = k_warp + i * 16 + frag_row(half * 2);
+                int first[E];    // the first of the entry's queries that sees the key, counted from the thread's first
+                #pragma unroll
+                for (int e = 0; e < E; e++) first[e] = key >= keys || !sees[e] ? 0x7fffffff : p.causal ? key - base[e] - frag_col(0) : -1;
+                #pragma unroll
+                for (int j = 0; j < NT; j++)
+                  #pragma unroll
+                  for (int e = 0; e < 2; e++)
+                    if (j % (NT / E) * 8 + e < first[j * E / NT]) s[i][j][half * 2 + e] = 0.f;
+                if (p.q_ids) {
+                  const int id = key_id(p, kept.b, key);
+                  #pragma unroll
+                  for (int j = 0; j < NT; j++)
+                    #pragma unroll
+                    for (int e = 0; e < 2; e++)
+                      if (query_id(p, kept.b, base[j * E / NT] + j % (NT / E) * 8 + frag_col(e)) != id) s[i][j][half * 2 + e] = 0.f;
+                }
+              }
+          }
+          if constexpr (PART & 1) {
+            #pragma unroll
+            for (int kk = 0; kk < BS / 16; kk++) {
+              u32 a[MT][4]; to_a(a, s, kk);
+              if constexpr (SPLIT > 1) keep(a, p_shared + row0 * LDS + step * BS + kk * 16);
+              product_ab(dv, a, do_tile + column0 * 2, kk * 16);
+            }
+          }
+          if constexpr (PART & 2) {
+            #pragma unroll
+            for (int j = 0; j < NT; j++)
+              #pragma unroll
+              for (int e = 0; e < 2; e++) {
+                const float delta = scalar[j * 8 + frag_col(e)].y;
+                #pragma unroll
+                for (int i = 0; i < MT; i++)
+                  #pragma unroll
+                  for (int half = 0; half < 2; half++) s[i][j][half * 2 + e] *= dp[i][j][half * 2 + e] - delta;
+              }
+            #pragma unroll
+            for (int kk = 0; kk < BS / 16; kk++) {
+              u32 a[MT][4]; to_a(a, s, kk);
+              keep(a, ds_own + kk * 16);
+              product_ab(dk, a, q_tile + column0 * 2, kk * 16);
+            }
+          }
+        }
+        if constexpr (PART & 2) if (!any)
+          for (int e = threadIdx.x % 32; e < 16 * MT * BS / 8; e += 32)
+            *(uint4*)(ds_own + e / (BS / 8) * LDS + e % (BS / 8) * 8) = make_uint4(0, 0, 0, 0);
+      }
+      if constexpr (SPLIT > 1) {    // the other warps' P and dS of the same keys, for this warp's columns of dV and dK
+        meet(row0 / (16 * MT));
+        #pragma unroll 1
+        for (int other = (part + 1) % SPLIT; other != part; other = (other + 1) % SPLIT) {
+          if (!visible(t, other)) continue;
+          const u32 q_tile = tiles_at + ((t & 1) * 2 * BN + other * BS) * LD * 2, do_tile = q_tile + TILE;
+          #pragma unroll
+          for (int kk = 0; kk < BS / 16; kk++) {
+            u32 a[MT][4];
+            if constexpr (PART & 1) { load_kept(a, p_tile, row0, other * BS + kk * 16); product_ab(dv, a, do_tile + column0 * 2, kk * 16); }
+            if constexpr (PART & 2) { load_kept(a, ds_tile + (t & 1) * BM * LDS * 2, row0, other * BS + kk * 16); product_ab(dk, a, q_tile + column0 * 2, kk * 16); }
           }
         }
       }
-      if constexpr (PART & 2) if (!any)
-        for (int e = threadIdx.x % 32; e < 16 * MT * BS / 8; e += 32)
-          *(uint4*)(ds_own + e / (BS / 8) * LDS + e % (BS / 8) * 8) = make_uint4(0, 0, 0, 0);
     }
   }
   wait<0>(); __syncthreads();
   if constexpr (PART & 2) { if (tiles) add_dq(tiles - 1); __syncthreads(); }
   if (kept.slot >= 0) {
     const i64 half = (i64)p.slots * (N * G) * D * wide(p);    // dK's parts, then dV's
-    if constexpr (PART & 2) store_partial(dk, p.partial + part_rows(p, kept) * D, row0, p.scale);
-    if constexpr (PART & 1) store_partial(dv, p.partial + half + part_rows(p, kept) * D, row0, 1.f);
+    if constexpr (PART & 2) store_partial(dk, p.partial + part_rows(p, kept) * D + column0, row0, p.scale);
+    if constexpr (PART & 1) store_partial(dv, p.partial + half + part_rows(p, kept) * D + column0, row0, 1.f);
     return;
   }
-  if constexpr (PART & 2) store_rows(dk, shared, row0, p.dk + kept.b * p.dk_b + kept.h * p.dk_h, p.dk_l, k_warp - row0, p.S, [&](int, int) { return p.scale; });
-  if constexpr (PART & 1) store_rows(dv, shared + BM * LD, row0, p.dv + kept.b * p.dv_b + kept.h * p.dv_h, p.dv_l, k_warp - row0, p.S, [&](int, int) { return 1.f; });
+  if constexpr (PART & 2) store_rows(dk, shared + column0, row0, p.dk + kept.b * p.dk_b + kept.h * p.dk_h + column0, p.dk_l, k_warp - row0, p.S, [&](int, int) { return p.scale; });
+  if constexpr (PART & 1) store_rows(dv, shared + BM * LD + column0, row0, p.dv + kept.b * p.dv_b + kept.h * p.dv_h + column0, p.dv_l, k_warp - row0, p.S, [&](int, int) { return 1.f; });
 }
 
 '''
@@ -422,16 +482,17 @@ extern "C" __global__ void __launch_bounds__(256) attention_dq(const __grid_cons
 
 # %% ../nbs/08_cuda_backward.ipynb #813a14c2
 def backward_shared(t: Tile, D: int) -> int:
-    "Shared memory: keys, values, two stages of queries and dO, two of dS, three of what describes queries, the columns' units"
-    return ((2 * t.BM + 4 * t.BN) * (D + 8) + 2 * t.BM * (t.BN + 8)) * 2 + 3 * t.BN * 16 + 4 * D
+    "Shared memory: keys, values, two stages of queries and dO, two of dS, P where warps share keys, four of what describes queries, the columns' units"
+    return ((2 * t.BM + 4 * t.BN) * (D + 8) + (2 + (t.SPLIT > 1)) * t.BM * (t.BN + 8)) * 2 + 4 * t.BN * 16 + 4 * (D + 1)
 
 def backward_tiles(D: int, N: int) -> list[Tile]:
     "Variants for a head dim and block size, best first; the last needs no more than 99 KB of shared memory"
     if D == 256: return [Tile(64, 32, 32, 1, 1), Tile(32, 16, 16, 1, 1)]
     if N == 16: return [Tile(64, 32, 32, 1, {32: 4, 64: 3}.get(D, 2))]
-    if D >= 80: return [Tile(128, 64, 32, 1, 1)] * (N == D == 128) + [Tile(64, 32, 32, 1, 2)]
-    if N == 128: return [Tile(128, 64, 32, 2, 2), Tile(128, 32, 32, 2, 2)]
-    return [Tile(64, 32, 32, 2, 4)]
+    if D == 80: return [Tile(64, 32, 32, 1, 2)]
+    if D == 128: return [Tile(128, 64, 32, 2, 1, SPLIT=2, QT=2)] * (N == 128) + [Tile(64, 32, 32, 1, 2, QT=2)]
+    if N == 128: return [Tile(128, 64, 32, 2, 2, QT=D // 32), Tile(128, 32, 32, 2, 2)]
+    return [Tile(64, 32, 32, 2, 4, QT=D // 32)]
 
 def backward_parts(D: int) -> tuple[int, ...]:
     "What each launch of the main kernel makes: 3 all, 1 dV, 2 dK and dQ"
@@ -472,7 +533,7 @@ def cuda_backward(
     layout: BlockLayout, scale: float, segments, kv_lengths,
 ) -> tuple[Tensor, Tensor, Tensor]:          # dq, dk, dv like q, k, v
     "Gradients of block-sparse attention by the CUDA kernels; the same bits in every run"
-    given, masks, lse, dlse = (q, k, v), mask_tensors(layout, segments, kv_lengths, len(q)), lse.contiguous(), None if dlse is None else dlse.contiguous()
+    given, masks, lse, dlse = (q, k, v), mask_tensors(layout, segments, kv_lengths, q.shape[0]), lse.contiguous(), None if dlse is None else dlse.contiguous()
     q, k, v, o, do = aligned(q), aligned(k), aligned(v), aligned(o), aligned(do)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     (B, H, L, D), N, S, device = q.shape, layout.block, k.shape[2], q.device

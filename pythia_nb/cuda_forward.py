@@ -6,7 +6,7 @@
 __all__ = ['SETTINGS', 'SHAPES', 'INSTRUCTIONS', 'WORK', 'COPY', 'PRODUCTS', 'FORWARD', 'COMBINE', 'Work', 'simulate_work',
            'simulate_rows', 'simulate_forward', 'Tile', 'forward_shared', 'forward_tiles', 'kernel_source',
            'source_hash', 'forward_hash', 'chunk_size', 'multiprocessors', 'choose_tile', 'make_plan', 'cuda_kernel',
-           'forward_kernels', 'partial_rows', 'cuda_forward', 'tflops_table']
+           'forward_kernels', 'partial_rows', 'cuda_forward', 'tflops_table', 'tries_table']
 
 # %% ../nbs/07_cuda_forward.ipynb #88e29ea2
 import functools
@@ -97,6 +97,8 @@ SETTINGS = """
 #define BS {BS}
 #define MT {MT}
 #define CTAS {CTAS}
+#define SPLIT {SPLIT}
+#define QT {QT}
 #define PART {part}
 #define Q_REGS {Q_REGS}
 #define T u16
@@ -105,7 +107,7 @@ SETTINGS = """
 
 # %% ../nbs/07_cuda_forward.ipynb #80f96b49
 SHAPES = r'''
-constexpr int WARPS = BM / (16 * MT), THREADS = 32 * WARPS;
+constexpr int WARPS = BM / (16 * MT) * SPLIT, THREADS = 32 * WARPS;    // SPLIT warps share the same own rows
 constexpr int G = BM > N ? BM / N : 1, PARTS = N > BM ? N / BM : 1;    // lists a CTA has, or CTAs that share a list
 constexpr int E = BS > N ? BS / N : 1;                                // list entries in a step
 constexpr int LD = D + 8;                  // elements between rows in shared memory: 16 bytes more than the row, so that 8 rows hit 8 different bank groups
@@ -174,14 +176,21 @@ struct Work { int b, h, at, start, end, slot, first; };
 __device__ __forceinline__ int wide(const Params& p) { return p.layout_heads > 1 ? p.B : p.B * p.H; }    // sequences and heads that share an item
 __device__ __forceinline__ bool this_work(const Params& p, Work& w, int first_row) {
   // heavy items first; as many heads side by side as the L2 cache holds
-  const int part = blockIdx.x % PARTS, group = blockIdx.x / PARTS / (p.max_items * p.heads_at_once);
-  const int x = blockIdx.x / PARTS - group * p.max_items * p.heads_at_once, heads = min(p.heads_at_once, wide(p) - group * p.heads_at_once);
-  const int4 item = p.items[x / heads];
+  // a division of integers takes some thirty instructions, one after another: none without need
+  const int part = blockIdx.x % PARTS;
+  int x = blockIdx.x / PARTS, heads = wide(p), before = 0;
+  if (p.heads_at_once < heads) {
+    const int group = x / (p.max_items * p.heads_at_once);
+    x -= group * p.max_items * p.heads_at_once; before = group * p.heads_at_once; heads = min(p.heads_at_once, heads - before);
+  }
+  const int which = x / heads, bh = before + x - which * heads;
+  const int4 item = p.items[which];
   if (item.x < 0) return false;
-  const int bh = group * p.heads_at_once + x % heads;
   w.at = item.x; w.start = item.y; w.end = item.z; w.slot = item.w;
-  if (p.layout_heads > 1) { w.b = bh; w.h = item.x / p.lists; } else { w.b = bh / p.H; w.h = bh % p.H; }
-  w.first = (first_row + item.x % p.lists) * N + part * BM;
+  int list = item.x;
+  if (p.layout_heads > 1) { w.b = bh; w.h = item.x / p.lists; list -= w.h * p.lists; }
+  else { w.b = p.B > 1 ? bh / p.H : 0; w.h = bh - w.b * p.H; }
+  w.first = (first_row + list) * N + part * BM;
   return true;
 }
 // Position of the CTA's own row `row`; where a CTA has several lists they need not be neighbours
@@ -190,12 +199,18 @@ __device__ __forceinline__ int own_position(const Params& p, int at, int first, 
   const int list = p.members[at * G + row / N];
   return list < 0 ? 0x3fff0000 : (first_row + list) * N + row % N;
 }
-// The entry that has row `row` of the streamed rows, counted from the list's start, and the position of that row (-1 after the list's end)
-__device__ __forceinline__ int2 entry_of(const Params& p, const Work& w, int row) {
-  const int e = w.start + row / N;
-  return e < w.end ? __ldg(p.entries + e) : make_int2(-1, 0);
+// The list entries of four tiles lie in shared memory, found two tiles ahead: the position of an entry's first row in the tile (NONE after the list's end), and its bits
+constexpr int NE = N < BN ? N : BN, ENTRIES = BN / NE, NONE = -0x40000000;    // rows of a tile that belong to one entry, entries of a tile
+typedef int2 Entries[4][ENTRIES];
+__device__ __forceinline__ void find_entries(const Params& p, Entries& entries, int t, int tile, int start, int end) {
+  if (threadIdx.x >= ENTRIES) return;
+  const int row = tile * BN + threadIdx.x * NE, e = start + row / N;
+  int2 entry = make_int2(NONE, 0);
+  if (e < end) { entry = __ldg(p.entries + e); entry.x = entry.x * N + row % N; }
+  entries[t & 3][threadIdx.x] = entry;
 }
-__device__ __forceinline__ int position(int2 entry, int row) { return entry.x < 0 ? -1 : entry.x * N + row % N; }
+// Position of a row of a tile, and the bits of its entry
+__device__ __forceinline__ int2 entry_at(const Entries& entries, int t, int row) { int2 entry = entries[t & 3][row / NE]; entry.x += row % NE; return entry; }
 // The number of keys of a sequence, and the last key that the query at a position may see (-1 where there is no such query)
 __device__ __forceinline__ int key_count(const Params& p, int b) { return p.kv_lengths ? max(0, min(p.kv_lengths[b], p.S)) : p.S; }
 __device__ __forceinline__ int last_key(const Params& p, int keys, int query) {
@@ -279,10 +294,10 @@ template <int TN> __device__ __forceinline__ void to_a(u32 (&a)[MT][4], const fl
     a[m][2] = pack(p[m][2 * ks + 1][0], p[m][2 * ks + 1][1]); a[m][3] = pack(p[m][2 * ks + 1][2], p[m][2 * ks + 1][3]);
   }
 }
-// c[MT][DT] += a · rows(b), 16 rows of b from row k on
+// c += a · rows(b), 16 rows of b from row k on, as many columns as c has
 template <int CM, int CD> __device__ __forceinline__ void product_ab(float (&c)[CM][CD][4], const u32 (&a)[MT][4], u32 b_base, int k) {
   #pragma unroll
-  for (int n = 0; n < DT; n += 2) {
+  for (int n = 0; n < CD; n += 2) {
     u32 b[4]; ldmatrix_t(b, bt_address(b_base, k, n * 8));
     #pragma unroll
     for (int m = 0; m < MT; m++) { mma(c[m][n], a[m], b[0], b[1]); mma(c[m][n + 1], a[m], b[2], b[3]); }
@@ -311,13 +326,23 @@ __device__ __forceinline__ void store_rows(const float (&c)[CM][CD][4], u16* sha
       const float f = factor(i, half);
       u32* row = (u32*)(shared_rows + (row0 + i * 16 + frag_row(half * 2)) * LD + frag_col(0));
       #pragma unroll
-      for (int j = 0; j < DT; j++) row[j * 4] = pack(c[i][j][half * 2] * f, c[i][j][half * 2 + 1] * f);
+      for (int j = 0; j < CD; j++) row[j * 4] = pack(c[i][j][half * 2] * f, c[i][j][half * 2 + 1] * f);
     }
   __syncwarp();
-  for (int e = threadIdx.x % 32; e < 16 * MT * CHUNKS; e += 32) {
-    const int row = row0 + e / CHUNKS, x = x0 + row;
-    if (x >= 0 && x < count) *(uint4*)(dst + (i64)x * stride + e % CHUNKS * 8) = *(const uint4*)(shared_rows + row * LD + e % CHUNKS * 8);
-  }
+  static_assert(16 * CD % 32 == 0, "a warp stores whole steps");
+  const int lane = threadIdx.x % 32;
+  if constexpr (32 % CD == 0) {
+    const int row = row0 + lane / CD, x = x0 + row;
+    const u16* from = shared_rows + row * LD + lane % CD * 8;
+    dst += (i64)x * stride + lane % CD * 8;
+    #pragma unroll
+    for (int r = 0; r < 16 * MT; r += 32 / CD, dst += (i64)(32 / CD) * stride)
+      if (x + r >= 0 && x + r < count) *(uint4*)dst = *(const uint4*)(from + r * LD);
+  } else
+    for (int e = lane; e < 16 * MT * CD; e += 32) {
+      const int row = row0 + e / CD, x = x0 + row;
+      if (x >= 0 && x < count) *(uint4*)(dst + (i64)x * stride + e % CD * 8) = *(const uint4*)(shared_rows + row * LD + e % CD * 8);
+    }
 }
 // The same in fp32 to a part's place
 template <int CM, int CD> __device__ __forceinline__ void store_partial(const float (&c)[CM][CD][4], float* dst, int row0, float f0) {
@@ -326,7 +351,7 @@ template <int CM, int CD> __device__ __forceinline__ void store_partial(const fl
     #pragma unroll
     for (int half = 0; half < 2; half++)
       #pragma unroll
-      for (int j = 0; j < DT; j++)
+      for (int j = 0; j < CD; j++)
         *(float2*)(dst + (row0 + i * 16 + frag_row(half * 2)) * D + j * 8 + frag_col(0)) = make_float2(c[i][j][half * 2] * f0, c[i][j][half * 2 + 1] * f0);
 }
 '''
@@ -348,14 +373,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_forward(co
   const float c = p.scale * LOG2E;
   const int tiles = ((w.end - w.start) * N + BN - 1) / BN;
 
+  __shared__ Entries entries;
+  find_entries(p, entries, 0, 0, w.start, w.end); find_entries(p, entries, 1, 1, w.start, w.end);
   auto fetch = [&](int t) {
     const u32 dst = kv_tiles + (t & 1) * 2 * TILE;
     if constexpr (N >= BN) {
-      const int y = position(entry_of(p, w, t * BN), t * BN);
+      const int y = entry_at(entries, t, 0).x;
       load_block<BN>(dst, k, p.k_l, keys, y);
       load_block<BN>(dst + TILE, v, p.v_l, keys, y);
     } else {
-      auto at = [&](int row) { return position(entry_of(p, w, t * BN + row), t * BN + row); };
+      auto at = [&](int row) { return entry_at(entries, t, row).x; };
       load_rows<BN>(dst, k, p.k_l, keys, at);
       load_rows<BN>(dst + TILE, v, p.v_l, keys, at);
     }
@@ -364,8 +391,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_forward(co
   if (tiles) {
     if constexpr (G == 1) load_block<BM>(q_tile, q, p.q_l, p.L, w.first - p.q_start);
     else load_rows<BM>(q_tile, q, p.q_l, p.L, [&](int row) { return own_position(p, w.at, w.first, row, p.first_row) - p.q_start; });
-    fetch(0);
   }
+  __syncthreads();
+  int2 next = entry_at(entries, 0, 0);    // a tile's only entry is read a tile ahead
+  if (tiles) fetch(0);
   commit();
 
   float acc[MT][DT][4], m[MT][2], l[MT][2];    // numerator, the score that exponents are taken from, denominator
@@ -373,37 +402,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_forward(co
   #pragma unroll
   for (int i = 0; i < MT; i++) { m[i][0] = m[i][1] = -INFINITY; l[i][0] = l[i][1] = 0.f; }
   u32 q_frag[Q_REGS ? KS : 1][MT][4];
-  const float slack = 8.f / c;    // a maximum may grow by this before the sums are rescaled: exp2 stays below 2^8
+  const float slack = 8.f * reciprocal(c);    // a maximum may grow by this before the sums are rescaled: exp2 stays below 2^8
 
-  const int steps = tiles * STEPS;
-  int2 entry[E];
-  #pragma unroll
-  for (int e = 0; e < E; e++) entry[e] = entry_of(p, w, e * N);
+  static_assert(BN == BS, "a tile is one step");
   #pragma unroll 1
-  for (int u = 0; u < steps; u++) {
-    const int t = u / STEPS;
-    if (STEPS == 1 || u % STEPS == 0) {
-      wait<0>(); __syncthreads();                       // tile t is there, and nobody reads the other stage any more
-      if (t + 1 < tiles) fetch(t + 1);
-      commit();
-      if (Q_REGS && u == 0) {
+  for (int t = 0; t < tiles; t++) {
+    wait<0>(); __syncthreads();                       // tile t is there, and nobody reads the other stage any more
+    if (t + 1 < tiles) fetch(t + 1);
+    commit();
+    find_entries(p, entries, t + 2, t + 2, w.start, w.end);
+    if (Q_REGS && t == 0) {
+      #pragma unroll
+      for (int ks = 0; ks < KS; ks++)
         #pragma unroll
-        for (int ks = 0; ks < KS; ks++)
-          #pragma unroll
-          for (int i = 0; i < MT; i++) ldmatrix(q_frag[ks][i], a_address(q_tile, row0 + i * 16, ks * 16));
-      }
+        for (int i = 0; i < MT; i++) ldmatrix(q_frag[ks][i], a_address(q_tile, row0 + i * 16, ks * 16));
     }
-    const u32 k_tile = kv_tiles + ((t & 1) * 2 * BN + u % STEPS * BS) * LD * 2, v_tile = k_tile + TILE;
-    // what the warp's list sees of this step: which entries, whether all pairs of tokens
+    const u32 k_tile = kv_tiles + (t & 1) * 2 * TILE, v_tile = k_tile + TILE;
+    // what the warp's list sees of this tile: which entries, whether all pairs of tokens
     bool any = false, masked = p.untrusted; bool sees[E]; int base[E];
     #pragma unroll
     for (int e = 0; e < E; e++) {
-      base[e] = position(entry[e], u * BS);
-      sees[e] = (entry[e].y >> list) & 1 && !(p.causal && base[e] > q_warp + 16 * MT - 1);
+      const int2 entry = E == 1 ? next : entry_at(entries, t, e * N);
+      base[e] = entry.x;
+      sees[e] = (entry.y >> list) & 1 && !(p.causal && base[e] > q_warp + 16 * MT - 1);
       any |= sees[e];
-      masked |= !((entry[e].y >> (8 + list)) & 1) || base[e] + (N < BS ? N : BS) > keys;
-      entry[e] = entry_of(p, w, (u + 1) * BS + e * N);
+      masked |= !((entry.y >> (8 + list)) & 1) || base[e] + NE > keys;
     }
+    if (E == 1) next = entry_at(entries, t + 1, 0);
     if (!any) continue;
     float s[MT][NT][4];
     #pragma unroll
@@ -490,7 +515,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_forward(co
     #pragma unroll
     for (int half = 0; half < 2; half++) {
       const float sum = quad_sum(l[i][half]);
-      inverse[i][half] = sum > 0.f ? 1.f / sum : 0.f;
+      inverse[i][half] = sum > 0.f ? reciprocal(sum) : 0.f;
       const int row = row0 + i * 16 + frag_row(half * 2), x = x_warp + row;
       const float lse = sum > 0.f ? m[i][half] * p.scale + lg2(sum) * LN2 : -INFINITY;
       if (threadIdx.x % 4 == 0) {
@@ -554,12 +579,14 @@ class Tile(NamedTuple):
     MT: int        # strips of 16 own rows that a warp has
     CTAS: int      # thread blocks on a multiprocessor at once
     Q_REGS: int = 0    # are the own rows' fragments kept in registers?
+    SPLIT: int = 1     # warps that share the same own rows
+    QT: int = 1        # backward: strips of 16 queries that a warp has of dQ
 
     def group(self, N: int) -> int: return max(1, self.BM // N)    # lists of a thread block
     def parts(self, N: int) -> int: return max(1, N // self.BM)    # thread blocks that share a list
 
     @property
-    def threads(self) -> int: return self.BM // (16 * self.MT) * 32
+    def threads(self) -> int: return self.BM // (16 * self.MT) * 32 * self.SPLIT
 
 def forward_shared(t: Tile, D: int) -> int:    # bytes: own queries, and two stages of keys and values
     "Shared memory of the forward kernel"
@@ -588,6 +615,7 @@ def forward_hash() -> str:
     return source_hash(FORWARD, COMBINE, tiles=[forward_tiles(D, N) for D in (32, 64, 80, 128, 256) for N in (16, 32, 64, 128)])
 
 # %% ../nbs/07_cuda_forward.ipynb #4c304ff5
+@functools.cache
 def chunk_size(
     visible: int,    # entries of all lists, over heads and batch
     slots: int,      # thread blocks that run at once
@@ -632,12 +660,12 @@ def cuda_forward(
     kv_lengths: Tensor | None,               # keys that exist in each sequence, [B]
 ) -> tuple[Tensor, Tensor]:                  # o like q, lse [B, H, L] fp32
     "Block-sparse attention by the CUDA kernel"
-    given, q, k, v, masks = q, aligned(q), aligned(k), aligned(v), mask_tensors(layout, segments, kv_lengths, len(q))
+    given, q, k, v, masks = q, aligned(q), aligned(k), aligned(v), mask_tensors(layout, segments, kv_lengths, q.shape[0])
     (B, H, L, D), N, device = q.shape, layout.block, q.device
     t, kernel, combine = forward_kernels(D, N, q.dtype == torch.bfloat16, device)
     wide = B if layout.heads > 1 else B * H
     plan = make_plan(layout, False, t, wide, device)
-    o, lse = torch.empty_like(q), q.new_empty((B, H, L), dtype=torch.float32)
+    o, lse = torch.empty_like(q), torch.empty(B, H, L, dtype=torch.float32, device=device)
     n = partial_rows(plan, wide, N)
     partial, partial_lse = (lse.new_empty((n, D)), lse.new_empty(n)) if n else (None, None)
     params = pack_params(plan, layout, scale, masks, segments is not None,
@@ -660,3 +688,10 @@ def tflops_table(
     lines += [f"| {r['D']} | {r['L']:,} | {r['pattern']} | {r['block']} | {r['density']:.1%} | {r[key]:.0f} | {r[key] / limit:.0%} | "
               f"{show(rate('flex', r))} | {fa2(r):.0f} |" for r in result["rows"] if r["name"] == "ours"]
     return Table("\n".join(lines))
+
+# %% ../nbs/07_cuda_forward.ipynb #b3f0c6a1
+def tries_table(tries: list[dict]) -> Table:
+    "What was tried, with rates in TFLOP/s"
+    show = lambda x: "" if x is None else f"{x:.0f}"
+    return Table("\n".join(["| D | block | tried | expected | local | strided | bigbird | dense | verdict |", "|---:|---:|:---|:---|---:|---:|---:|---:|:---|"] + [
+        f"| {t['D']} | {t['block']} | {t['what']} | {t['expected']} | " + " | ".join(show(t[p]) for p in ("local", "strided", "bigbird", "dense")) + f" | {t['verdict']} |" for t in tries]))

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['HEAVY', 'SETTINGS', 'SUMS', 'MEMBERS', 'UNION', 'PLAN', 'DOCUMENTS', 'THREADS', 'BITS', 'Schedule', 'bounds',
            'lists_of', 'group_members', 'union_entries', 'work_items', 'torch_schedule', 'cuda_source', 'schedule_hash',
-           'compile_report', 'CurrentStream', 'on_device', 'cuda_function', 'launch_cuda', 'cuda_schedule', 'schedule',
-           'new_schedule', 'document_layout', 'cuda_document_layout']
+           'compile_report', 'CurrentStream', 'on_device', 'cuda_function', 'launch_cuda', 'cuda_schedule',
+           'schedules_of', 'schedule', 'new_schedule', 'document_layout', 'cuda_document_layout']
 
 # %% ../nbs/06b_schedule.ipynb #38e224ec
 import contextlib
 import functools
 import hashlib
 import importlib.util
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .layout import BlockLayout, check_lengths, row_range
 from .patterns import document
@@ -492,7 +492,17 @@ def cuda_schedule(
     return Schedule(lists, layout.heads, group, entries, members, items, splits, counts, *limits)
 
 # %% ../nbs/06b_schedule.ipynb #18378b0c
-_schedules = WeakIdKeyDictionary()    # a layout's pointers -> {(columns, group, chunk): (schedule, stream, event or None)}
+_schedules = {}    # id of a layout's pointers -> (weak reference to them, {(columns, group, chunk): (schedule, stream, event or None)})
+
+def schedules_of(ptr: Tensor) -> dict:
+    "What was made of a layout's pointers, forgotten with them (torch's WeakIdKeyDictionary does the same in five times the time)"
+    at = id(ptr)
+    reference, known = _schedules.get(at, (None, None))
+    if reference is None or reference() is not ptr:
+        def forget(gone):
+            if at in _schedules and _schedules[at][0] is gone: del _schedules[at]
+        _, known = _schedules[at] = weakref.ref(ptr, forget), {}
+    return known
 
 def schedule(
     layout: BlockLayout,
@@ -503,7 +513,7 @@ def schedule(
     "What the CUDA kernels walk; remembered with the layout, made on its device without a host synchronisation"
     ptr, key = layout.col_ptr if columns else layout.row_ptr, (bool(columns), group, chunk)
     stream = torch._C._cuda_getCurrentRawStream(ptr.device.index) if ptr.is_cuda else None
-    known = _schedules.setdefault(ptr, {})
+    known = schedules_of(ptr)
     made, its_stream, event = known.get(key, (None, None, None))    # no event: made on the CPU, or in a capture
     if made is not None and stream == its_stream and (event is not None or stream is None): return made
     capturing = ptr.is_cuda and torch.cuda.is_current_stream_capturing()

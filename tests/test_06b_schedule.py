@@ -29,6 +29,17 @@ def test_the_kernels_compile_without_spills(arch):
     assert "warning" not in log, log
 
 
+def test_schedules_are_kept_and_forgotten_with_their_layout():
+    import gc, weakref
+    layout = P.local(2).layout(256, block=64)
+    made = schedule(layout, False, 1, 8)
+    assert schedule(layout, False, 1, 8) is made and schedule(layout, True, 1, 8) is not made
+    gone = weakref.ref(made)
+    del layout, made
+    gc.collect()
+    assert gone() is None
+
+
 def some_layout(draw):
     "A random layout: lists for one head or three, ragged, with empty lists and a few heavy ones"
     nQ, nK, heads = draw(st.integers(1, 24)), draw(st.integers(1, 24)), draw(st.sampled_from([1, 3]))
