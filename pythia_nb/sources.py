@@ -265,7 +265,7 @@ def open_hub(spec:str, field:str="text") -> HubSource:
         else: data = datasets.load_dataset(str(path) if path.exists() else name, config, split=split, streaming=True)
     except Exception as e:
         raise ValueError(f"cannot open the data set {spec} ({' '.join(str(e).split())[:300]}); check its name, "
-                         f"configuration and split") from None
+                         f"configuration and split, and the connection") from None
     return HubSource(spec, data, data.state_dict(), field, _listed(path, lambda name: "data") if path.exists() else [])
 
 # %% ../nbs/14a_sources.ipynb #2551d9d9

@@ -139,5 +139,5 @@ def test_a_worker_that_dies(tmp_path, monkeypatch):
     class Dead:
         def submit(self, *args): return self
         def result(self): raise BrokenProcessPool
-    with pytest.raises(OSError, match="a worker process was killed, .* fewer --workers"):
+    with pytest.raises(OSError, match="a worker process has died: .* fewer workers"):
         list(encoded([Load(["x"], [True], None, 0)], None, None, Dead(), 1))
