@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 from tqdm import tqdm
 
 from .corpora import learn_bpe
@@ -67,16 +68,16 @@ def encode_load(
     return np.concatenate([np.array(row, dtype) for row in rows]), ends, sum(len(t.encode()) for t in load.texts)
 
 # %% ../nbs/14b_prepare.ipynb #483952aa
-def _start_worker(definition:str, eos:str, dtype:str) -> None:
+def _start_worker(definition:str, eos_id:int, dtype:str) -> None:
     "What a worker process does first"
     global _worker
-    import tokenizers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     def follow(): connection.wait([multiprocessing.parent_process().sentinel]); os._exit(1)
     threading.Thread(target=follow, daemon=True).start()
-    _worker = Tokenizer(tokenizers.Tokenizer.from_str(definition), eos), np.dtype(dtype)
+    _worker = Tokenizer(tokenizers.Tokenizer.from_str(definition)), np.dtype(dtype)
+    _worker[0].eos_id = eos_id
 
 def _work(load:Load): return encode_load(_worker[0], load, _worker[1])
 
@@ -104,7 +105,7 @@ def encoded(
                       "of your own must call prepare below if __name__ == '__main__'") from None
 
 @contextmanager
-def workers_pool(tokenizer:Tokenizer, eos:str, dtype:np.dtype, workers:int):
+def workers_pool(tokenizer:Tokenizer, dtype:np.dtype, workers:int):
     "A pool of worker processes, None for one worker"
     if workers == 1:
         before = os.environ.get("TOKENIZERS_PARALLELISM")
@@ -114,7 +115,7 @@ def workers_pool(tokenizer:Tokenizer, eos:str, dtype:np.dtype, workers:int):
         return
     context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver": context.set_forkserver_preload(["pythia_nb.prepare"])
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.inner.to_str(), eos, dtype.str))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.inner.to_str(), tokenizer.eos_id, dtype.str))
     try: yield pool
     finally: pool.shutdown(cancel_futures=True)
 
@@ -136,6 +137,7 @@ def find_tokenizer(
         raise FileNotFoundError(f"there is no tokenizer file {name}; give another path, a name on the hub such as "
                                 f"EleutherAI/pythia-70m, or train")
     else: found = Tokenizer.from_file(fetch(name, files=("tokenizer.json",))/"tokenizer.json", eos)
+    found.inner.no_truncation(); found.inner.no_padding()  # some files ask for both; a document is wanted whole
     if found.eos_id is None:
         raise ValueError(f"the tokenizer {name} has no token {eos!r} to put behind documents; name its own with "
                          f"--end_of_text")
@@ -252,11 +254,13 @@ def prepare(
         if manifest: check_plan(out, manifest, new, facts)
         else: _save_json(out/"sources.json", facts)
         if not trained: found.save(kept)
-        state = new | {"weights": weights, "validation": validation, "complete": False,
-                       "shards": whole_shards(out, manifest["shards"]) if manifest else []}
+        shards = whole_shards(out, manifest["shards"]) if manifest else []
+        done = bool(manifest and manifest["complete"] and shards == manifest["shards"])
+        state = new | {"weights": weights, "validation": validation, "complete": done, "shards": shards}
         _save_json(out/MANIFEST, state)
-        with workers_pool(found, end_of_text, token_dtype(state), workers or cores) as pool:
-            write_shards(out, state, opened, found, pool, 4 * (workers or cores), progress)
+        if not done:
+            with workers_pool(found, token_dtype(state), workers or cores) as pool:
+                write_shards(out, state, opened, found, pool, 4 * (workers or cores), progress)
         for number, spec in enumerate(specs):
             if not any(s["source"] == number for s in state["shards"]): raise ValueError(f"there is no text in {spec}; leave it out")
         state["complete"] = True

@@ -115,6 +115,17 @@ def test_a_vocabulary_beyond_16_bits(tmp_path):
     tokens = prepare(tmp_path/"a.txt", tmp_path/"out", tok, vocab_size=70_000, workers=1)
     assert tokens[0:3].dtype == np.uint32 and tokens[0:len(tokens)].tolist() == tok.encode("some text " * 50) + [0]
 
+def test_any_tokenizer_file(tmp_path):
+    (tmp_path/"a.txt").write_text("some text " * 50)
+    tok = learn_bpe([f"some text {i} @@" * 9 for i in range(99)], 270)
+    tok.inner.enable_truncation(5); tok.inner.enable_padding(length=9)  # as files made for short sentences have it
+    tok.save(tmp_path/"short.json")
+    end = tok.inner.token_to_id("@")
+    for workers in (1, 2):
+        tokens = prepare(tmp_path/"a.txt", tmp_path/f"out{workers}", tmp_path/"short.json", workers=workers, end_of_text="@")
+        tok.inner.no_truncation(); tok.inner.no_padding()
+        assert tokens[0:len(tokens)].tolist() == tok.encode("some text " * 50) + [end]
+
 def test_a_folder_has_one_writer(tmp_path):
     sources = write_library(tmp_path)
     with _folder(tmp_path/"out"), pytest.raises(OSError, match="another pythia_prepare is writing to it"): small(tmp_path/"out", sources)
