@@ -204,11 +204,11 @@ class Batches:
         windows, L = self.chosen(step)[start:stop], self.seq_len
         part = np.searchsorted(self.first, windows, side="right") - 1
         places = [(self.parts[p], s) for p, s in zip(part, ((windows - self.first[part]) * L).tolist())]
-        row = torch.from_numpy(np.stack([tokens[s:s + L + 1] for tokens, s in places]).astype(np.int64))
-        ids, targets = row[:, :-1].contiguous(), row[:, 1:].contiguous()
+        row = np.stack([tokens[s:s + L + 1] for tokens, s in places])  # NumPy copies: PyTorch's would wake its threads
+        ids, targets = torch.from_numpy(row[:, :-1].astype(np.int64)), torch.from_numpy(row[:, 1:].astype(np.int64))
         if not self.documents: return ids, targets
-        segments = torch.from_numpy(np.stack([tokens.segments(s, s + L) for tokens, s in places]))
-        return ids, targets, segments - segments[:, :1]
+        segments = np.stack([tokens.segments(s, s + L) for tokens, s in places])
+        return ids, targets, torch.from_numpy(segments - segments[:, :1])
 
     def __getitem__(self, step:int) -> tuple[Tensor, ...]: # ids and targets int64 [B, L] (and segment_ids)
         return self.rows(step, 0, self.batch_size)
