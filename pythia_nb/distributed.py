@@ -204,7 +204,6 @@ def time_team(
 # %% ../nbs/16_distributed.ipynb #72a72aa2
 CASES = {"410m": dict(strategy="ddp", size="410m", seq_len=8192, per_gpu=8),
          "410m-bigbird": dict(strategy="ddp", size="410m", seq_len=8192, per_gpu=8, pattern="bigbird(3, 2, 3)"),
-         "410m-fsdp": dict(strategy="fsdp", size="410m", seq_len=8192, per_gpu=8),
          "12b": dict(strategy="fsdp", size="12b", seq_len=2048, per_gpu=4, recompute=True, compile=False, steps=3)}
 
 def main(argv=None):
@@ -230,13 +229,13 @@ def scaling_table(
     rows:list[dict], # of `main`
 ) -> Table:
     "Tokens/s of teams, and their efficiency against one GPU with the same share of work"
-    alone = {r["case"]: r["tokens_per_s"] for r in rows if r["world"] == 1 and "tokens_per_s" in r}
+    alone = {r["case"]: r["tokens_per_s"] for r in rows if r["world"] == 1 and "tokens_per_s" in r}  # the same work
     lines = ["| model | tokens | attention | GPUs | strategy | tokens/s | efficiency | memory of a GPU | MFU |", "|---|---:|---|---:|---|---:|---:|---:|---:|"]
     for r in rows:
         if r.get("out_of_memory"):
             lines.append(f"| {r['size']} | | | {r['world']} | | does not fit | | | |")
             continue
-        base = alone.get(r["case"], alone.get(r["case"].removesuffix("-fsdp")))
+        base = alone.get(r["case"])
         efficiency = f"{r['tokens_per_s'] / base / r['world']:.0%}" if base and r["world"] > 1 else ""
         lines.append(f"| {r['size']} | {r['seq_len']:,} | {'dense' if r['pattern'] == 'None' else r['pattern']} | {r['world']} | "
                      f"{r['strategy'] if r['world'] > 1 else ''} | {r['tokens_per_s']:,.0f} | "
