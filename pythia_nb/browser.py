@@ -91,7 +91,7 @@ ASK = """() => ({
   silent: [...document.images].filter(i => !(i.getAttribute('alt') || '').trim()).map(i => i.getAttribute('src')),
 })"""
 WIDE = """() => [document.documentElement.scrollWidth, [...document.querySelectorAll('article *')].filter(e => {
-  for (let p = e.parentElement; p; p = p.parentElement) if (getComputedStyle(p).overflowX != 'visible') return false;
+  for (let p = e.parentElement; p.tagName != 'ARTICLE'; p = p.parentElement) if (getComputedStyle(p).overflowX != 'visible') return false;
   return e.getBoundingClientRect().right > innerWidth + 1 }).slice(0, 3).map(e => `${e.tagName}.${e.className}`)]"""
 
 # %% ../nbs/24a_browser.ipynb #3c020a7a

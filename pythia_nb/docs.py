@@ -47,6 +47,7 @@ class Site:
     url: str      # where it will stand
     repo: str     # address of the source
     footer: str
+    favicon: str  # relative to the notebooks
     colours: dict  # theme -> name -> colour
     parts: list   # pairs of a part's caption, "" for none, and its notebooks' names
 
@@ -76,7 +77,7 @@ def read_site(
     web, colours = config["website"], config.get("brand", {}).get("color", {})
     themes = {theme: {name: c[theme] if isinstance(c, dict) else c for name, c in colours.items()} for theme in ("light", "dark")}
     return Site(web["title"], web.get("description", ""), web.get("site-url", ""), web.get("repo-url", ""),
-                web.get("page-footer", {}).get("right", ""), themes, site_parts(web["sidebar"]["contents"]))
+                web.get("page-footer", {}).get("right", ""), web.get("favicon", ""), themes, site_parts(web["sidebar"]["contents"]))
 
 # %% ../nbs/24_docs.ipynb #541ab654
 def line_comments(
@@ -488,6 +489,7 @@ def sphinx_settings(
         "suppress_warnings": ["myst.header", "misc.highlighting_failure"], "default_role": None, "add_module_names": False,
         "maximum_signature_line_length": 60, "python_use_unqualified_type_names": True, "toc_object_entries": False,
         "mathjax_path": "mathjax.js", "html_static_path": ["assets", "_static"], "html_css_files": ["docs.css"],
+        "html_favicon": site.favicon or None, "html_use_index": False, "html_domain_indices": False,
         "html_theme": "furo", "html_theme_options": theme_options(site), "pygments_style": "a11y-high-contrast-light",
         "html_show_sphinx": True, "html_copy_source": False, "html_last_updated_fmt": None,
     }
