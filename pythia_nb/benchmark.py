@@ -9,7 +9,7 @@ __all__ = ['CONTENDERS', 'DENSE', 'TOLERANCE', 'checked', 'PATTERNS', 'DENSITIES
            'share_of_limit', 'fits', 'check_once', 'measure_attention', 'measure_model', 'plan', 'about_machine',
            'open_results', 'keep_results', 'expected_ms', 'measure', 'run', 'good_rows', 'attention_table',
            'model_table', 'total_ms', 'break_even', 'length_chart', 'density_chart', 'roofline_chart', 'report',
-           'draw_charts', 'main']
+           'draw_charts', 'main', 'small_comparison']
 
 # %% ../nbs/18_benchmark.ipynb #cdb8d7bd
 import argparse
@@ -407,7 +407,7 @@ def plan(
         for name in ("dense", "math", *(n for n in dense if n in ("flash", "cudnn"))): add("lengths", name, "dense", L)
         for pattern in ("local", "bigbird"): add("lengths", "pythia_nb", pattern, L)
         add("lengths", "pythia_nb torch", "bigbird", L)
-    for L in (32_768,) if gpu else (2048,) if quick else (4096,):
+    for L in (32_768,) if gpu else (2048,) if quick else (16_384,):    # long enough for blocks of 64 to make 1 %
         for name in dense: add("densities", name, "dense", L)
         for p in (5, 20, 100) if quick else DENSITIES: add("densities", "pythia_nb", f"density:{p}", L)
     for pattern in PATTERNS[::3] if quick else PATTERNS: add("patterns", "pythia_nb", pattern, 8192 if gpu else 2048 if quick else 4096)
@@ -679,3 +679,14 @@ def main(
 # %% ../nbs/18_benchmark.ipynb #3bc94d21
 #| eval: false
 if __name__ == "__main__": main()    # python -m pythia_nb.benchmark, where the package is not installed
+
+# %% ../nbs/18_benchmark.ipynb #20a7c0c4
+def small_comparison(
+    lengths=(256, 512, 1024, 2048),
+    device: str | None = None,  # default: the GPU where there is one
+) -> dict:                      # results as `run` gives them, of the group lengths
+    "Measure dense attention with stored scores, PyTorch's flash kernel and ours at a few lengths"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    cases = [Case("lengths", name, pattern, L, dtype=dtype) for L in lengths for name, pattern in (("dense", "dense"), ("flash", "dense"), ("pythia_nb", "bigbird"))]
+    return dict(about=about_machine(device, dtype), limits=measure_limits(device, dtype), rows=[measure(c, device, 0.1) for c in cases])
