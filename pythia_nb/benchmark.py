@@ -189,7 +189,7 @@ def check_small(
     qkv, do = problem(small, device)
     exact_in = [t.detach().double().requires_grad_() for t in qkv]
     exact = attention_oracle(*exact_in, layout)[0]
-    o = CONTENDERS[case.name](small, layout)(*qkv)
+    with torch.set_grad_enabled(gradients): o = CONTENDERS[case.name](small, layout)(*qkv)
     pairs = [("o", o, exact)]
     if gradients:
         got, want = torch.autograd.grad(o, qkv, do), torch.autograd.grad(exact, exact_in, do.double())
@@ -401,8 +401,7 @@ def plan(
             for name in dense: add("peers", name, "dense", L, 128, D=D)
             for pattern in ("dense", "local", "strided", "bigbird"):
                 for block in (64,) if quick else (128, 64): add("peers", "pythia_nb", pattern, L, block, D=D)
-            for pattern in ("local", "strided", "bigbird"):
-                for block in (128, 64): add("peers", "flex", pattern, L, block, D=D)
+    for c in [c for c in cases if c.name == "pythia_nb" and c.pattern != "dense"]: add("peers", "flex", c.pattern, c.L, c.block, D=c.D)
     for L in [2**k for k in range(7, 12 if quick else 18 if gpu else 15)]:
         for name in ("dense", "math", *(n for n in dense if n in ("flash", "cudnn"))): add("lengths", name, "dense", L)
         for pattern in ("local", "bigbird"): add("lengths", "pythia_nb", pattern, L)
@@ -485,7 +484,8 @@ def run(
     "Measure what is missing in a result file; gives the results"
     start, about = time.perf_counter(), about_machine(device, dtype)
     results = open_results(path, about)
-    if not results["limits"]: results["limits"] = measure_limits(device, dtype)
+    new, old = measure_limits(device, dtype), results["limits"]    # a limit is the best that was ever seen, so that a busy moment doesn't lower it
+    results["limits"] = new | {k: max(new[k], old[k]) for k in ("flops", "bytes") if k in old}
     keep_results(path, results)
     say(f"{about['device']}, PyTorch {about['torch']}: {results['limits']['flops'] / 1e12:.3g} TFLOP/s ({dtype} products), {results['limits']['bytes'] / 1e9:.3g} GB/s (copy)")
     done = {r["key"] for r in results["rows"]}
