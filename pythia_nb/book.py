@@ -431,7 +431,9 @@ def demo_notebook(
     "The text of `demo.ipynb`, or None where no cell is marked `#| demo`"
     parts, used = demo_parts(book), set()
     if not parts: return None
-    imports = "\n".join(import_lines(demo_imports(parts, book)))
+    found = demo_imports(parts, book)
+    imports = "\n".join(import_lines(found))
+    if "plt" in found and (book.nbs / "assets/book.mplstyle").exists(): imports += f'\n\nplt.style.use("{book.lib.name}.book")'
     cells = [(f"# Demo\n\n> {book.config.title} from end to end, in one notebook.", "markdown"),
              ("The cells below are taken from the chapters, which explain them.", "markdown"),
              (INSTALL.format(package=book.lib.name, url=book.config.git_url), "code"), (imports, "code")]
