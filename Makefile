@@ -50,7 +50,7 @@ docs-test: $(V)/.docs
 	@$(BIN)/pythia_docs --test $(ARGS)
 	@$(BIN)/python -m pytest -m slow tests/test_24a_browser.py -k "not docs_site"
 
-bench: $(V)/.core
+bench: $(if $(shell nvidia-smi -L 2>/dev/null),$(V)/.gpu,$(V)/.core)
 	@$(BIN)/pythia_bench $(ARGS)
 
 $(V)/.made:
