@@ -12,10 +12,10 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 USABLE := $(shell $(BIN)/python $(NEW_ENOUGH) 2>/dev/null && head -n 2 $(BIN)/pip 2>/dev/null | grep -qF '$(CURDIR)/$(V)/' && echo yes)
 ifneq ($(USABLE),yes)
-$(shell rm -f $(V)/.made $(V)/.torch $(V)/.core $(V)/.dev $(V)/.gpu)
+$(shell rm -f $(V)/.made $(V)/.torch $(V)/.core $(V)/.dev $(V)/.docs $(V)/.gpu)
 endif
 
-.PHONY: help quickstart test gpu-test build docs
+.PHONY: help quickstart test gpu-test bench build docs docs-test
 .NOTPARALLEL:
 
 help:
@@ -24,7 +24,10 @@ help:
 	@echo 'make test        install the dev extra, then check the book and run its tests'
 	@echo 'make gpu-test    the tests that need an NVIDIA GPU'
 	@echo 'make build       make the package, the tests, the demo and the README from the notebooks'
-	@echo 'make docs        render the docs site, where Quarto is installed'
+	@echo 'make docs        render the docs site into _docs, with Quarto where it is installed, else with Sphinx'
+	@echo 'make docs-test   render it with Sphinx and test every page in Chromium'
+	@echo 'make bench       measure speed and memory, and draw the charts'
+	@echo '                 (options: make bench ARGS="--quick"; it continues where it was interrupted)'
 
 quickstart: $(V)/.core
 	@$(BIN)/pythia_quickstart $(ARGS)
@@ -40,8 +43,15 @@ gpu-test: $(V)/.gpu
 build: $(V)/.dev
 	@$(BIN)/pythia_book build
 
-docs: $(V)/.dev
-	@$(BIN)/pythia_book docs
+docs: $(V)/.docs
+	@if command -v quarto >/dev/null; then $(BIN)/pythia_book docs; else $(BIN)/pythia_docs $(ARGS); fi
+
+docs-test: $(V)/.docs
+	@$(BIN)/pythia_docs --test $(ARGS)
+	@$(BIN)/python -m pytest -m slow tests/test_24a_browser.py -k "not docs_site"
+
+bench: $(if $(shell nvidia-smi -L 2>/dev/null),$(V)/.gpu,$(V)/.core)
+	@$(BIN)/pythia_bench $(ARGS)
 
 $(V)/.made:
 	@test "$(USABLE)" = yes || $(PYTHON) $(NEW_ENOUGH) 2>/dev/null || { echo "pythia_nb needs Python 3.11 or newer, and\
@@ -66,6 +76,11 @@ $(V)/.core: $(V)/.torch settings.ini setup.py pyproject.toml
 $(V)/.dev: $(V)/.core
 	@echo "installing what the book's tests need"
 	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(V)/.docs: $(V)/.dev
+	@echo "installing what the docs site needs"
+	@$(PIP) --no-build-isolation --editable '.[dev,docs]'
 	@touch $@
 
 $(V)/.gpu: $(V)/.dev

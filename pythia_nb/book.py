@@ -8,7 +8,7 @@ __all__ = ['CONFTEST', 'INSTALL', 'BookError', 'Book', 'find_book', 'Chapter', '
            'exported_names', 'needed_imports', 'import_lines', 'mark_tests', 'pytest_file', 'pytest_files', 'DemoPart',
            'demo_parts', 'demo_imports', 'demo_cell', 'demo_notebook', 'with_outputs', 'demo_files', 'relink', 'option',
            'output_markdown', 'readme_cell', 'readme_files', 'clean_env', 'run_python', 'copied', 'package_files',
-           'made_files', 'differences', 'unclean', 'build']
+           'style_files', 'made_files', 'differences', 'unclean', 'build']
 
 # %% ../nbs/22_book.ipynb #a4557baa
 import ast
@@ -431,7 +431,9 @@ def demo_notebook(
     "The text of `demo.ipynb`, or None where no cell is marked `#| demo`"
     parts, used = demo_parts(book), set()
     if not parts: return None
-    imports = "\n".join(import_lines(demo_imports(parts, book)))
+    found = demo_imports(parts, book)
+    imports = "\n".join(import_lines(found))
+    if "plt" in found and (book.nbs / "assets/book.mplstyle").exists(): imports += f'\n\nplt.style.use("{book.lib.name}.book")'
     cells = [(f"# Demo\n\n> {book.config.title} from end to end, in one notebook.", "markdown"),
              ("The cells below are taken from the chapters, which explain them.", "markdown"),
              (INSTALL.format(package=book.lib.name, url=book.config.git_url), "code"), (imports, "code")]
@@ -577,18 +579,26 @@ def package_files(
     return {p.relative_to(book.root).as_posix(): p.read_text(encoding="utf-8") for p in sorted(book.lib.rglob("*.py"))}
 
 # %% ../nbs/22_book.ipynb #c7214772
+def style_files(
+    book: Book,
+) -> dict:
+    "The charts' style sheets, which the package carries: `path -> text`"
+    lib = book.lib.relative_to(book.root).as_posix()
+    return {f"{lib}/{p.name}": p.read_text(encoding="utf-8") for p in sorted((book.nbs / "assets").glob("*.mplstyle"))}
+
+# %% ../nbs/22_book.ipynb #0eb7492d
 def made_files(
     book: Book,
     copy: Book,  # of it, as `copied` makes it
 ) -> tuple[dict, list]:
     "All that is made from the notebooks, `path -> text or bytes`, and what stands in the way of the rest"
     files, problems = package_files(copy), []
-    for make in (pytest_files, readme_files, demo_files):
+    for make in (pytest_files, readme_files, demo_files, style_files):
         try: files |= {path: data for path, data in make(book).items() if data}
         except BookError as err: problems.append(str(err))
     return files, problems
 
-# %% ../nbs/22_book.ipynb #0eb7492d
+# %% ../nbs/22_book.ipynb #17828d58
 def differences(
     book: Book,
     files: dict,  # as `made_files` gives them
@@ -598,7 +608,7 @@ def differences(
         at = book.root / path
         return at.is_file() and at.read_bytes() == (data.encode() if isinstance(data, str) else data)
     changed = [path for path, data in files.items() if not same(path, data)]
-    have = [*book.lib.rglob("*.py"), *(book.root / "tests").glob("*.py"), *(book.nbs / "assets").glob("readme-*")]
+    have = [*book.lib.rglob("*.py"), *book.lib.glob("*.mplstyle"), *(book.root / "tests").glob("*.py"), *(book.nbs / "assets").glob("readme-*")]
     return changed, sorted({p.relative_to(book.root).as_posix() for p in have} - files.keys())
 
 # %% ../nbs/22_book.ipynb #1489ef70

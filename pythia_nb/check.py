@@ -349,7 +349,7 @@ def docs(
     book: Book,
 ):
     "Render the docs site with Quarto; a `BookError` where Quarto is missing or fails"
-    if not shutil.which("quarto"): raise BookError("Quarto, which renders the site, is not installed; see quarto.org")
+    if not shutil.which("quarto"): raise BookError("Quarto, which renders the site, is not installed; see quarto.org, or run pythia_docs, which renders it without")
     lent = book.nbs / "_quarto.yml"
     try:
         shutil.copy(book.root / "_quarto.yml", lent)

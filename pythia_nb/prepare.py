@@ -267,7 +267,9 @@ def prepare(
         _save_json(out/MANIFEST, state)
     return open_tokens(out)
 
-def token_dtype(plan:dict) -> np.dtype: return np.dtype("<u2" if plan["vocab_size"] <= 2**16 else "<u4")
+def token_dtype(plan:dict) -> np.dtype: # of the shards
+    "The smallest type that holds all ids"
+    return np.dtype("<u2" if plan["vocab_size"] <= 2**16 else "<u4")
 
 def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

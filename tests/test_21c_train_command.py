@@ -1,4 +1,4 @@
-"Tests of 21b_train_command. Generated from nbs/21b_train_command.ipynb: edit that, then run pythia_book build."
+"Tests of 21c_train_command. Generated from nbs/21c_train_command.ipynb: edit that, then run pythia_book build."
 import contextlib
 import io
 import numpy as np

@@ -1,4 +1,4 @@
-"Tests of 21a_prepare_cli. Generated from nbs/21a_prepare_cli.ipynb: edit that, then run pythia_book build."
+"Tests of 21b_prepare_cli. Generated from nbs/21b_prepare_cli.ipynb: edit that, then run pythia_book build."
 import contextlib
 import io
 import json
