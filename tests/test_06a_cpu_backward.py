@@ -1,14 +1,17 @@
 "Tests of 06a_cpu_backward. Generated from nbs/06a_cpu_backward.ipynb: edit that, then run pythia_book build."
+import ctypes
 import itertools
 import math
 import os
 import pytest
 import random
+import shutil
+import struct
 import subprocess
 import sys
 import torch
 from pythia_nb import patterns as P
-from pythia_nb.cpu import compiler, cpu_forward
+from pythia_nb.cpu import FLAGS, Params, compiler, cpu_forward, kernel_source
 from pythia_nb.cpu_backward import cpu_backward
 from pythia_nb.layout import BlockLayout
 from pythia_nb.reference import check_attention
@@ -170,3 +173,51 @@ def test_clean_under_the_sanitizers(tmp_path):
            "PYTHIA_NB_CXXFLAGS": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("clean"), done.stdout[-2000:] + done.stderr[-4000:]
+
+
+ARM_MAIN = r"""
+#include <cstdio>
+#include <cstdlib>
+int main() {                                   // memory, then where the struct's pointers point to; the memory afterwards is the answer
+  Params p; i64 n, count, size[64], field[3]; char* memory[64];
+  auto get = [](void* to, i64 bytes) { if ((i64)fread(to, 1, bytes, stdin) != bytes) exit(1); };
+  get(&p, sizeof p); get(&count, 8); get(size, 8 * count);
+  for (i64 i = 0; i < count; i++) memory[i] = (char*)aligned_alloc(64, (size[i] + 64) / 64 * 64), get(memory[i], size[i]);
+  for (get(&n, 8); n > 0; n--) { get(field, 24); char* x = memory[field[1]] + field[2]; memcpy((char*)&p + field[0], &x, 8); }
+  KERNEL(&p);
+  for (i64 i = 0; i < count; i++) fwrite(memory[i], 1, size[i], stdout);
+}
+"""
+
+def arm_program(folder, name, D):
+    "The kernel with a main function, compiled for 64-bit ARM"
+    path = folder / f"{name}-{D}"
+    if not path.exists():
+        (folder / "arm.cpp").write_text(kernel_source(name, D, False) + f"#define KERNEL {name}\n" + ARM_MAIN)
+        options = [f for f in FLAGS if f != "-march=native"]
+        subprocess.run(["aarch64-linux-gnu-g++", *options, "-static", str(folder / "arm.cpp"), "-o", str(path)], check=True)
+    return path
+
+@pytest.mark.slow
+def test_on_emulated_arm(tmp_path, monkeypatch):
+    if not shutil.which("aarch64-linux-gnu-g++") or not shutil.which("qemu-aarch64"): pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
+    calls, real_fill = [], cpu_forward.__globals__["fill_params"]
+    def fill(layout, columns, scale, segments, kv_lengths, tensors, **numbers):
+        calls.append(tensors)
+        return real_fill(layout, columns, scale, segments, kv_lengths, tensors, **numbers)
+    def kernel(name, D, bf16):
+        def run(reference):
+            params, tensors = reference._obj, calls.pop()
+            memory = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors.values() if t.numel()}
+            fields = [(getattr(Params, key).offset, list(memory).index(t.untyped_storage().data_ptr()), t.data_ptr() - t.untyped_storage().data_ptr())
+                      for key, t in tensors.items() if t.numel()]
+            sizes = [m.nbytes() for m in memory.values()]
+            words = [struct.pack(f"{len(numbers)}q", *numbers) for numbers in ([len(sizes), *sizes], [len(fields), *sum(fields, ())])]
+            sent = bytes(params) + words[0] + b"".join(ctypes.string_at(m.data_ptr(), m.nbytes()) for m in memory.values()) + words[1]
+            answer = subprocess.run(["qemu-aarch64", str(arm_program(tmp_path, name, D))], input=sent, capture_output=True, check=True).stdout
+            assert len(answer) == sum(sizes)
+            for m, end in zip(memory.values(), itertools.accumulate(sizes)): ctypes.memmove(m.data_ptr(), answer[end - m.nbytes():end], m.nbytes())
+        return run
+    for function in (cpu_forward, cpu_backward):
+        for name, stand_in in dict(fill_params=fill, cpu_kernel=kernel, bf16_products=lambda: False).items(): monkeypatch.setitem(function.__globals__, name, stand_in)
+    for seed, case in enumerate(every_pair(AXES)): check_case(seed=seed, **case)
