@@ -274,9 +274,9 @@ INLINE void add_products(float* c, const float* factor, const u32* a, int apart,
 
 # %% ../nbs/06_cpu.ipynb #4b7fdf2b
 PACK = r'''
-// Rows at … at + n - 1 of a tensor, one after the other; zeros where there is none
-INLINE void copy_rows(u32* dst, const real* src, i64 stride, i64 at, int n, int count) {
-  for (int i = 0; i < n; i++, dst += U)
+// Sixteen rows of a tensor from row `at` on, one after the other; zeros where there is none
+INLINE void copy_rows(u32* dst, const real* src, i64 stride, i64 at, int count) {
+  for (int i = 0; i < G; i++, dst += U)
     if (at + i >= 0 && at + i < count) memcpy(dst, src + (at + i) * stride, 4 * U); else memset(dst, 0, 4 * U);
 }
 // Sixteen rows as columns: [16][U] -> [U][16], in squares of 4 x 4 that fit every machine's registers
@@ -381,7 +381,7 @@ static void forward_row(const Params& p, int bh, int r) {
   const int b = bh / p.H, h = bh % p.H, N = p.N, groups = (p.S + G - 1) / G, position = (p.first_row + r) * N;
   alignas(64) u32 rows[GU], q[128 * U]; alignas(64) float o[128 * D], m[128], l[128], s[T * GG], alpha[G];
   for (int i = 0; i < N; i += G) {
-    copy_rows(rows, p.q + b * p.qs.b + h * p.qs.h, p.qs.l, position + i - p.q_start, G, p.L);
+    copy_rows(rows, p.q + b * p.qs.b + h * p.qs.h, p.qs.l, position + i - p.q_start, p.L);
     if (p.scale <= 0) for (int x = 0; x < G * D; x++) ((real*)rows)[x] = narrow(wide(((real*)rows)[x]) * (p.scale < 0 ? -1.f : 0.f));
     transpose(q + i * U, rows);
   }
@@ -428,9 +428,9 @@ extern "C" void forward(const Params* params) {
       for (i64 t = 0; t < (i64)heads * groups; t++) {
         alignas(64) u32 rows[GU];
         int bh = t / groups, at = t % groups * G, b = bh / p.H, h = bh % p.H;
-        if (p.copy_k) copy_rows(p.k_rows + t * GU, p.k + b * p.ks.b + h * p.ks.h, p.ks.l, at, G, p.S);
+        if (p.copy_k) copy_rows(p.k_rows + t * GU, p.k + b * p.ks.b + h * p.ks.h, p.ks.l, at, p.S);
         if (!p.copy_v) continue;
-        copy_rows(rows, p.v + b * p.vs.b + h * p.vs.h, p.vs.l, at, G, p.S);
+        copy_rows(rows, p.v + b * p.vs.b + h * p.vs.h, p.vs.l, at, p.S);
         as_steps(p.v_steps + t * GU, rows);
       }
     }

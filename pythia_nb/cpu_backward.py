@@ -64,8 +64,8 @@ static void backward_column(const Params& p, int bh, int part, int j) {
   alignas(64) float dk[128 * D], dv[128 * D], s[T * GG], dp[BF16 ? T * GG : 1];
   const u32* k_steps[STRIPS];
   for (int i = 0; i < N; i += G) {
-    copy_rows(rows, p.v + b * p.vs.b + h * p.vs.h, p.vs.l, key + i, G, p.S); transpose(vt + i * U, rows);
-    copy_rows(rows, p.k + b * p.ks.b + h * p.ks.h, p.ks.l, key + i, G, p.S); transpose(kt + i * U, rows);
+    copy_rows(rows, p.v + b * p.vs.b + h * p.vs.h, p.vs.l, key + i, p.S); transpose(vt + i * U, rows);
+    copy_rows(rows, p.k + b * p.ks.b + h * p.ks.h, p.ks.l, key + i, p.S); transpose(kt + i * U, rows);
     as_steps(steps + i * U, rows); k_steps[i / G] = steps + i * U;
   }
   memset(dk, 0, sizeof(float) * N * D); memset(dv, 0, sizeof(float) * N * D);
@@ -111,8 +111,8 @@ BACKWARD_CALL = r'''
 // The operands, lse in base 2, delta and zeros for dq: one group of queries
 static void prepare(const Params& p, i64 t, int at, int bh, int before) {
   const int b = bh / p.H, h = bh % p.H;
-  if (p.copy_q) copy_rows(p.q_rows + t * GU, p.q + b * p.qs.b + h * p.qs.h, p.qs.l, at - before, G, p.L);
-  if (p.copy_d) copy_rows(p.d_rows + t * GU, p.dout + b * p.dos.b + h * p.dos.h, p.dos.l, at - before, G, p.L);
+  if (p.copy_q) copy_rows(p.q_rows + t * GU, p.q + b * p.qs.b + h * p.qs.h, p.qs.l, at - before, p.L);
+  if (p.copy_d) copy_rows(p.d_rows + t * GU, p.dout + b * p.dos.b + h * p.dos.h, p.dos.l, at - before, p.L);
   if (BF16) as_steps(p.q_steps + t * GU, p.q_rows + t * GU), as_steps(p.d_steps + t * GU, p.d_rows + t * GU);
   for (int i = 0; i < G; i++) {
     const i64 x = at + i - before, q = (i64)bh * p.L + x;
