@@ -6,7 +6,7 @@
 __all__ = ['FLAGS', 'SETTINGS', 'HEAD', 'VECTORS', 'EXP', 'PRODUCT', 'PANELS', 'PACK', 'FORWARD', 'KERNELS', 'POINTERS',
            'STRIDED', 'NUMBERS', 'BuildError', 'compiler', 'flags', 'run_compiler', 'target', 'bf16_products',
            'openmp_runtime', 'cache_folder', 'intact', 'compiled', 'kernel_source', 'cpu_kernel', 'Params',
-           'fill_params', 'whole_rows', 'like', 'packed_already', 'cpu_forward', 'cpu_takes', 'cpu_obstacle',
+           'fill_params', 'whole_rows', 'row_wise', 'side_by_side', 'cpu_forward', 'cpu_takes', 'cpu_obstacle',
            'why_no_cpu']
 
 # %% ../nbs/06_cpu.ipynb #63df173d
@@ -135,7 +135,8 @@ constexpr int shape[] = {TILE}, W = shape[0], MR = shape[1], NR = shape[2];
 constexpr int PAIR = BF16 ? 2 : 1;    // numbers in a unit of 32 bits
 constexpr int G = 16, GV = G / W;     // tokens in a group, and vectors
 constexpr int U = D / PAIR;           // units of a row
-constexpr int GU = G * U;             // units of a packed group
+constexpr int GU = G * U;             // units of a group
+constexpr int GG = G * G;             // scores of a group of queries and a group of keys
 constexpr int STEPS = G / PAIR;       // units of a group along the tokens
 constexpr int DV = D / W;             // vectors of a row in fp32
 constexpr float LOG2E = 1.4426950408889634f;
@@ -148,17 +149,18 @@ typedef float real;
 struct Strides { i64 b, h, l; };
 struct Params {
   const real *q, *k, *v, *o, *dout; real *out, *dq, *dk, *dv; float *lse; const float *dlse;
-  u32 *kt, *vr, *qt, *dt, *qr, *dr; float *sums, *lse2, *delta;                                // packed operands and sums
+  u32 *k_rows, *v_steps, *q_rows, *d_rows, *q_steps, *d_steps; float *sums, *lse2, *delta;     // operands side by side, and sums
   const int *ptr, *list; const unsigned char *full; const int *q_ids, *k_ids, *kv_lengths;
   Strides qs, ks, vs, os, dos, outs, dqs, dks, dvs;
-  int B, H, L, S, N, nQ, nK, heads, q_start, first_row, causal, untrusted, copy_v, copy_q, copy_d, parts, threads; float scale;
+  int B, H, L, S, N, nQ, nK, heads, q_start, first_row, causal, untrusted, copy_k, copy_v, copy_q, copy_d, parts, threads; float scale;
 };
 '''
 
 # %% ../nbs/06_cpu.ipynb #a6f83bda
 VECTORS = r'''
 typedef float vf __attribute__((vector_size(4 * W))); typedef int vi __attribute__((vector_size(4 * W)));
-typedef float vfu __attribute__((vector_size(4 * W), aligned(4), may_alias)); typedef int viu __attribute__((vector_size(4 * W), aligned(4), may_alias));
+// For memory: a bf16 tensor may start at any even address
+typedef float vfu __attribute__((vector_size(4 * W), aligned(1), may_alias)); typedef int viu __attribute__((vector_size(4 * W), aligned(1), may_alias));
 INLINE vf load(const void* p) { return *(const vfu*)p; }
 INLINE vi load_int(const void* p) { return *(const viu*)p; }
 INLINE void store(void* p, vf x) { *(vfu*)p = x; }
@@ -234,75 +236,83 @@ INLINE void product(vf (&c)[M][V], const u32* a, const u32* const (&b)[V], int K
 
 # %% ../nbs/06_cpu.ipynb #3793bb5e
 PANELS = r'''
-// s[R][n groups] = a[R][D] b^T, b packed in groups [U][16]; rows of s are X apart
-template <int V, int R, int X>
-INLINE void scores_of(float* s, const u32* a, const u32* const (&b)[V]) {
-  for (int i = 0; i < R; i += MR) {
-    vf c[MR][V] = {};
-    product<MR, V, U, 1, G>(c, a + i * U, b, U);
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < V; v++) store(s + (i + m) * X + v * W, c[m][v]);
+// s[16][16] = a[16][D] b^T, b transposed: [U][16]
+INLINE void scores(float* s, const u32* a, const u32* b) {
+  constexpr int M = MR * NR / GV;               // as many sums as in the other tile
+  const u32* columns[GV];
+  UNROLL for (int v = 0; v < GV; v++) columns[v] = b + v * W;
+  for (int i = 0; i < G; i += M) {
+    vf c[M][GV] = {};
+    product<M, GV, U, 1, G>(c, a + i * U, columns, U);
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < GV; v++) store(s + (i + m) * G + v * W, c[m][v]);
   }
 }
-template <int R, int X>
-INLINE void scores(float* s, const u32* a, const u32* const* groups, int n) {
-  constexpr int P = NR > GV ? NR / GV : 1;      // groups side by side in a tile
-  const u32* b[P * GV]; const u32* b1[GV];
-  int g = 0;
-  for (; g + P <= n; g += P) {
-    UNROLL for (int v = 0; v < P * GV; v++) b[v] = groups[g + v / GV] + v % GV * W;
-    scores_of<P * GV, R, X>(s + g * G, a, b);
-  }
-  for (; g < n; g++) {
-    UNROLL for (int v = 0; v < GV; v++) b1[v] = groups[g] + v * W;
-    scores_of<GV, R, X>(s + g * G, a, b1);
-  }
-}
-// c[R][D] = factor c + a b over n chunks of K steps; rows of b are D units long, and chunk g of a lies g * STEPS units on
-template <int V, int R, int AM, int AK>
-INLINE void add_products_of(float* c, const float* factor, const u32* a, const u32* const* chunks, int n, int K, int d) {
-  for (int i = 0; i < R; i += MR) {
+// c[16][D] = factor c + a b over n groups: group g of a is a block of 16 x 16 that lies g * apart units on, in steps of AM and
+// AK units; of b it is STEPS rows of D units
+template <int V, int AM, int AK>
+INLINE void add_products_of(float* c, const float* factor, const u32* a, int apart, const u32* const* groups, int n, int d) {
+  for (int i = 0; i < G; i += MR) {
     vf t[MR][V]; const u32* b[V];
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < V; v++) {
       t[m][v] = load(c + (i + m) * D + d + v * W);
       if (factor) t[m][v] *= factor[i + m];
     }
     for (int g = 0; g < n; g++) {
-      UNROLL for (int v = 0; v < V; v++) b[v] = chunks[g] + d + v * W;
-      product<MR, V, AM, AK, D>(t, a + i * AM + g * STEPS, b, K);
+      UNROLL for (int v = 0; v < V; v++) b[v] = groups[g] + d + v * W;
+      product<MR, V, AM, AK, D>(t, a + i * AM + g * apart, b, STEPS);
     }
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < V; v++) store(c + (i + m) * D + d + v * W, t[m][v]);
   }
 }
-template <int R, int AM, int AK>
-INLINE void add_products(float* c, const float* factor, const u32* a, const u32* const* chunks, int n, int K = STEPS) {
+template <int AM, int AK>
+INLINE void add_products(float* c, const float* factor, const u32* a, int apart, const u32* const* groups, int n) {
   int d = 0;
-  for (; d + NR * W <= D; d += NR * W) add_products_of<NR, R, AM, AK>(c, factor, a, chunks, n, K, d);
-  if constexpr (DV % NR != 0) add_products_of<DV % NR, R, AM, AK>(c, factor, a, chunks, n, K, d);
+  for (; d + NR * W <= D; d += NR * W) add_products_of<NR, AM, AK>(c, factor, a, apart, groups, n, d);
+  if constexpr (DV % NR != 0) add_products_of<DV % NR, AM, AK>(c, factor, a, apart, groups, n, d);
 }
 '''
 
 # %% ../nbs/06_cpu.ipynb #4b7fdf2b
 PACK = r'''
-// Rows at … at + n - 1 of a tensor, one after the other; zeros where there is none
-INLINE void copy_rows(u32* dst, const real* src, i64 stride, i64 at, int n, int count) {
-  for (int i = 0; i < n; i++, dst += U)
+// Sixteen rows of a tensor from row `at` on, one after the other; zeros where there is none
+INLINE void copy_rows(u32* dst, const real* src, i64 stride, i64 at, int count) {
+  for (int i = 0; i < G; i++, dst += U)
     if (at + i >= 0 && at + i < count) memcpy(dst, src + (at + i) * stride, 4 * U); else memset(dst, 0, 4 * U);
 }
-// Sixteen rows as columns: [16][U] -> [U][16]
+// Sixteen rows as columns: [16][U] -> [U][16], in squares of 4 x 4 that fit every machine's registers
 INLINE void transpose(u32* dst, const u32* rows) {
-  for (int u = 0; u < U; u += 8)
-    for (int i = 0; i < G; i++) UNROLL for (int x = 0; x < 8; x++) dst[(u + x) * G + i] = rows[i * U + u + x];
+  typedef u32 v4 __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (v4){__VA_ARGS__})
+#endif
+  for (int u = 0; u < U; u += 4)
+    UNROLL for (int i = 0; i < G; i += 4) {
+      v4 r[4];
+      UNROLL for (int x = 0; x < 4; x++) memcpy(&r[x], rows + (i + x) * U + u, 16);
+      v4 a = PICK(r[0], r[1], 0, 4, 1, 5), b = PICK(r[2], r[3], 0, 4, 1, 5), c = PICK(r[0], r[1], 2, 6, 3, 7), d = PICK(r[2], r[3], 2, 6, 3, 7);
+      v4 columns[] = {PICK(a, b, 0, 1, 4, 5), PICK(a, b, 2, 3, 6, 7), PICK(c, d, 0, 1, 4, 5), PICK(c, d, 2, 3, 6, 7)};
+      UNROLL for (int x = 0; x < 4; x++) memcpy(dst + (u + x) * G + i, &columns[x], 16);
+    }
 }
-// Rows as the right side of a product over tokens: fp32 as they are, bf16 with two rows interleaved, [n / 2][D] pairs
-INLINE void as_steps(u32* dst, const u32* rows, int n) {
+// A group of rows as the right side of a product over tokens: fp32 as they are, bf16 with two rows interleaved, [8][D] pairs
+INLINE void as_steps(u32* dst, const u32* rows) {
 #if BF16
   const u16* x = (const u16*)rows;
-  for (int i = 0; i < n; i += 2, x += 2 * D, dst += D)
+  for (int i = 0; i < G; i += 2, x += 2 * D, dst += D)
     for (int d = 0; d < D; d++) dst[d] = x[d] | (u32)x[D + d] << 16;
 #else
-  memcpy(dst, rows, 4 * n * U);
+  memcpy(dst, rows, 4 * GU);
 #endif
 }
+#if BF16                                       // two rows of 16 rounded to bf16 and interleaved in the same way
+INLINE void store_pairs(u32* dst, vf even, vf odd) {
+  alignas(64) static const u16 turns[] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(_mm512_load_si512(turns), both));
+}
+#endif
 INLINE float wide(real x) {
 #if BF16
   u32 y = (u32)x << 16; float f; memcpy(&f, &y, 4); return f;
@@ -322,87 +332,81 @@ INLINE real narrow(float x) {
 
 # %% ../nbs/06_cpu.ipynb #261c3f8e
 FORWARD = r'''
-constexpr int R = 16;                          // queries in a strip
 #ifndef GROUPS
 #define GROUPS (D > 128 ? 8 : 16)
 #endif
 #ifndef SCHEDULE
 #define SCHEDULE dynamic, 1
 #endif
-constexpr int T = GROUPS, X = T * G;           // groups and keys in a tile
+constexpr int T = GROUPS;                      // groups of keys in a tile
 
-// What queries at `position` … + R - 1 of sequence b may see: the first and the last query's last key
+// What queries at `position` … + 15 of sequence b may see: the first and the last query's last key
 struct Sight { int lo, hi; };
 INLINE Sight sight(const Params& p, int b, int position) {
   int end = (p.kv_lengths && p.kv_lengths[b] < p.S ? p.kv_lengths[b] : p.S) - 1;
   if (!p.causal) return {end, end};
-  return {position < end ? position : end, position + R - 1 < end ? position + R - 1 : end};
+  return {position < end ? position : end, position + G - 1 < end ? position + G - 1 : end};
 }
 INLINE void hide(float* s, int n, const int* key, const char* documents, const Params& p, Sight can, int position, int end, const int* q_ids, const int* k_ids) {
   for (int g = 0; g < n; g++) if (key[g] + G - 1 > can.lo || documents[g])
-    for (int i = 0; i < R; i++) {
-      int last = p.causal && position + i < end ? position + i : end;
-      for (int v = 0; v < G; v += W) {
-        vi hidden = lanes() + (key[g] + v) > last;
-        if (documents[g]) hidden |= load_int(k_ids + key[g] + v) != q_ids[i];
-        float* at = s + i * X + g * G + v;
-        store(at, hidden ? all(-INFINITY) : load(at));
-      }
+    for (int j = key[g]; j < key[g] + G; j++) for (int v = 0; v < G; v += W) {
+      vi hidden = all_int(j > end ? -1 : 0);
+      if (p.causal) hidden |= lanes() + (position + v) < j;
+      if (documents[g]) hidden |= load_int(q_ids + v) != k_ids[j];
+      float* at = s + g * GG + (j - key[g]) * G + v;
+      store(at, hidden ? all(-INFINITY) : load(at));
     }
 }
 // Online softmax of a strip: s becomes p; m, l and the factor alpha of what was summed before
 INLINE void softmax(float* s, int n, float c, float* m, float* l, float* alpha) {
-  alignas(64) float top[R];
-  for (int i = 0; i < R; i++) {
-    vf x = load(s + i * X);
-    for (int j = W; j < n * G; j += W) x = max(x, load(s + i * X + j));
-    top[i] = largest(x);
-  }
-  for (int i = 0; i < R; i += W) {
-    vf old = load(m + i), now = max(old, load(top + i)), safe = now > -INFINITY ? now : all(0.f);
-    store(alpha + i, exp2((old - safe) * c)); store(m + i, now); store(top + i, -safe * c);
-  }
-  for (int i = 0; i < R; i++) {
-    vf total = {}, shift = all(top[i]);
-    for (int j = 0; j < n * G; j += W) {
-      vf x = exp2(load(s + i * X + j) * c + shift);
-      total += x;
-#if BF16                                       // rounded to bf16 in place: the pairs lie where the first half of the row was
-      _mm256_storeu_si256((__m256i*)((u16*)(s + i * X) + j), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+  for (int v = 0; v < G; v += W) {
+    vf old = load(m + v), top[] = {old, old, old, old};
+    for (int j = 0; j < n * GG; j += 4 * G) UNROLL for (int x = 0; x < 4; x++) top[x] = max(top[x], load(s + j + x * G + v));
+    vf now = max(max(top[0], top[1]), max(top[2], top[3])), safe = now > -INFINITY ? now : all(0.f), shift = -safe * c;
+    vf factor = exp2((old - safe) * c), total = load(l + v) * factor;
+    for (int g = 0; g < n; g++) for (int j = 0; j < G; j += 2) {
+      float* at = s + g * GG + j * G + v;
+      vf x = exp2(load(at) * c + shift), y = exp2(load(at + G) * c + shift);
+      total += x + y;
+#if BF16                                       // pairs of keys, in place: at the start of the block
+      store_pairs((u32*)s + g * GG + j / 2 * G, x, y);
 #else
-      store(s + i * X + j, x);
+      store(at, x); store(at + G, y);
 #endif
     }
-    l[i] = l[i] * alpha[i] + sum(total);
+    store(m + v, now); store(l + v, total); store(alpha + v, factor);
   }
 }
 static void forward_row(const Params& p, int bh, int r) {
   const int b = bh / p.H, h = bh % p.H, N = p.N, groups = (p.S + G - 1) / G, position = (p.first_row + r) * N;
-  alignas(64) u32 q[128 * U]; alignas(64) float o[128 * D], m[128], l[128], s[R * X], alpha[R];
-  copy_rows(q, p.q + b * p.qs.b + h * p.qs.h, p.qs.l, position - p.q_start, N, p.L);
-  if (p.scale <= 0) for (int i = 0; i < N * D; i++) ((real*)q)[i] = narrow(wide(((real*)q)[i]) * (p.scale < 0 ? -1.f : 0.f));
+  alignas(64) u32 rows[GU], q[128 * U]; alignas(64) float o[128 * D], m[128], l[128], s[T * GG], alpha[G];
+  for (int i = 0; i < N; i += G) {
+    copy_rows(rows, p.q + b * p.qs.b + h * p.qs.h, p.qs.l, position + i - p.q_start, p.L);
+    if (p.scale <= 0) for (int x = 0; x < G * D; x++) ((real*)rows)[x] = narrow(wide(((real*)rows)[x]) * (p.scale < 0 ? -1.f : 0.f));
+    transpose(q + i * U, rows);
+  }
   const float scale = p.scale == 0 ? 1.f : fabsf(p.scale), c = scale * LOG2E;
   for (int i = 0; i < N; i++) m[i] = -INFINITY, l[i] = 0;
   memset(o, 0, sizeof(float) * N * D);
   const int at = (p.heads > 1 ? h * p.nQ : 0) + r, stop = p.ptr[at + 1], end = sight(p, b, 1 << 30).hi;
-  const u32 *kt = p.kt + (i64)bh * groups * GU, *vr = p.vr + (i64)bh * groups * GU;
+  const u32 *k_rows = p.k_rows + (i64)bh * groups * GU, *v_steps = p.v_steps + (i64)bh * groups * GU;
   const int *q_ids = p.q_ids ? p.q_ids + ((i64)b * p.nQ + r) * N : 0, *k_ids = p.k_ids ? p.k_ids + (i64)b * p.nK * N : 0;
   for (int e = p.ptr[at]; e < stop;) {
     const u32 *k[T], *v[T]; int key[T], n = 0; char documents[T];
     for (; e < stop && n + N / G <= T; e++)
       for (int x = p.list[e] * N; x < p.list[e] * N + N && x <= end; x += G, n++) {
-        key[n] = x; k[n] = kt + (i64)x * U; v[n] = vr + (i64)x * U;
+        key[n] = x; k[n] = k_rows + (i64)x * U; v[n] = v_steps + (i64)x * U;
         documents[n] = p.q_ids && (p.untrusted || !p.full[e]);
       }
-    for (int i = 0; i < N; i += R) {
+    for (int i = 0; i < N; i += G) {
       Sight can = sight(p, b, position + i);
       int seen = n;
       while (seen && key[seen - 1] > can.hi) seen--;      // the upper half of the diagonal block
       if (!seen) continue;
-      scores<R, X>(s, q + i * U, k, seen);
+      for (int g = 0; g < seen; g++) scores(s + g * GG, k[g], q + i * U);
       hide(s, seen, key, documents, p, can, position + i, end, q_ids + i, k_ids);
       softmax(s, seen, c, m + i, l + i, alpha);
-      add_products<R, X, 1>(o + i * D, alpha, (u32*)s, v, seen);
+      add_products<1, G>(o + i * D, alpha, (u32*)s, GG, v, seen);
     }
   }
   for (int i = 0; i < N; i++) {
@@ -419,15 +423,16 @@ extern "C" void forward(const Params* params) {
   const int groups = (p.S + G - 1) / G, heads = p.B * p.H;
   #pragma omp parallel num_threads(p.threads)
   {
-    alignas(64) u32 rows[GU];
-    #pragma omp for schedule(static)
-    for (i64 t = 0; t < (i64)heads * groups; t++) {
-      int bh = t / groups, at = t % groups * G, b = bh / p.H, h = bh % p.H;
-      copy_rows(rows, p.k + b * p.ks.b + h * p.ks.h, p.ks.l, at, G, p.S);
-      transpose(p.kt + t * GU, rows);
-      if (!p.copy_v) continue;
-      copy_rows(rows, p.v + b * p.vs.b + h * p.vs.h, p.vs.l, at, G, p.S);
-      as_steps(p.vr + t * GU, rows, G);
+    if (p.copy_k || p.copy_v) {
+      #pragma omp for schedule(static)
+      for (i64 t = 0; t < (i64)heads * groups; t++) {
+        alignas(64) u32 rows[GU];
+        int bh = t / groups, at = t % groups * G, b = bh / p.H, h = bh % p.H;
+        if (p.copy_k) copy_rows(p.k_rows + t * GU, p.k + b * p.ks.b + h * p.ks.h, p.ks.l, at, p.S);
+        if (!p.copy_v) continue;
+        copy_rows(rows, p.v + b * p.vs.b + h * p.vs.h, p.vs.l, at, p.S);
+        as_steps(p.v_steps + t * GU, rows);
+      }
     }
     #pragma omp for schedule(SCHEDULE)            // heads one after the other, long rows before short ones
     for (i64 t = 0; t < (i64)heads * p.nQ; t++) forward_row(p, t / p.nQ, p.nQ - 1 - t % p.nQ);
@@ -449,9 +454,9 @@ def cpu_kernel(name: str, D: int, bf16: bool, extra: str = ""):
     return getattr(ctypes.CDLL(str(compiled(kernel_source(name, D, bf16, extra)))), name)
 
 # %% ../nbs/06_cpu.ipynb #a50e9870
-POINTERS = "q k v o dout out dq dk dv lse dlse kt vr qt dt qr dr sums lse2 delta ptr list full q_ids k_ids kv_lengths".split()
+POINTERS = "q k v o dout out dq dk dv lse dlse k_rows v_steps q_rows d_rows q_steps d_steps sums lse2 delta ptr list full q_ids k_ids kv_lengths".split()
 STRIDED = "q k v o dout out dq dk dv".split()    # tensors whose strides follow, in this order
-NUMBERS = "B H L S N nQ nK heads q_start first_row causal untrusted copy_v copy_q copy_d parts threads".split()
+NUMBERS = "B H L S N nQ nK heads q_start first_row causal untrusted copy_k copy_v copy_q copy_d parts threads".split()
 
 class Params(ctypes.Structure):
     "The C++ struct of the same name"
@@ -482,14 +487,15 @@ def whole_rows(t: Tensor) -> Tensor:
     "The tensor itself if the components of a token lie side by side, else a copy"
     return t if t.stride(-1) == 1 else t.contiguous()
 
-def like(result: Tensor, t: Tensor) -> Tensor:
-    "The result with the strides that `torch.empty_like(t)` has, as the operator promises"
-    expected = torch.empty_like(t)
-    return result if result.stride() == expected.stride() else expected.copy_(result)
+def row_wise(result: Tensor) -> Tensor:
+    "Where the kernel writes a result: the tensor itself if its rows lie side by side, else other memory"
+    return result if result.stride(-1) == 1 else torch.empty(result.shape, dtype=result.dtype)
 
-def packed_already(t: Tensor, before: int = 0) -> bool:
-    "Can groups of 16 rows be read where they lie? (bf16 rows have to be interleaved)"
-    return t.dtype == torch.float32 and t.is_contiguous() and t.shape[2] % 16 == 0 and before == 0
+def side_by_side(t: Tensor, before: int = 0) -> Tensor:
+    "Memory for the tensor's rows in whole groups of 16: the tensor itself where they lie so already"
+    B, H, L, D = t.shape
+    if t.is_contiguous() and L % 16 == 0 and before == 0: return t
+    return torch.empty(B, H, -(-(before + L) // 16) * 16, D, dtype=t.dtype)
 
 # %% ../nbs/06_cpu.ipynb #9727759b
 def cpu_forward(
@@ -502,15 +508,15 @@ def cpu_forward(
     if q.dtype == torch.bfloat16 and not bf16_products():    # the fp32 kernel serves, and only the result is rounded
         o, lse = cpu_forward(q.float(), k.float(), v.float(), layout, scale, segments, kv_lengths)
         return o.to(q.dtype), lse
-    (B, H, L, D), S, given = q.shape, k.shape[2], q
+    o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32)
+    out, bf16 = row_wise(o), q.dtype == torch.bfloat16
     q, k, v = map(whole_rows, (q, k, v))
-    o, lse = torch.empty_like(q), torch.empty(B, H, L, dtype=torch.float32)
-    kt = torch.empty(B, H, -(-S // 16) * 16, D, dtype=q.dtype)
-    vr = v if packed_already(v) else torch.empty_like(kt)
-    tensors = dict(q=q, k=k, v=v, out=o, lse=lse, kt=kt, vr=vr)
-    params = fill_params(layout, False, scale, segments, kv_lengths, tensors, copy_v=vr is not v)
-    cpu_kernel("forward", D, q.dtype == torch.bfloat16)(ctypes.byref(params))
-    return like(o, given), lse
+    k_rows, v_steps = side_by_side(k), side_by_side(v)
+    if bf16 and v_steps is v: v_steps = torch.empty_like(v)
+    tensors = dict(q=q, k=k, v=v, out=out, lse=lse, k_rows=k_rows, v_steps=v_steps)
+    params = fill_params(layout, False, scale, segments, kv_lengths, tensors, copy_k=k_rows is not k, copy_v=v_steps is not v)
+    cpu_kernel("forward", q.shape[3], bf16)(ctypes.byref(params))
+    return o if out is o else o.copy_(out), lse
 
 # %% ../nbs/06_cpu.ipynb #828b20e2
 def cpu_takes(dtype: torch.dtype, D: int) -> bool:

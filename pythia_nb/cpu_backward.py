@@ -11,47 +11,42 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .cpu import KERNELS, bf16_products, cpu_kernel, fill_params, like, packed_already, whole_rows
+from .cpu import KERNELS, bf16_products, cpu_kernel, fill_params, row_wise, side_by_side, whole_rows
 from .layout import BlockLayout
 
 # %% ../nbs/06a_cpu_backward.ipynb #5decd6a9
 BACKWARD = r'''
-constexpr int R = 16;                          // keys in a strip
 #ifndef GROUPS
 #define GROUPS 8                               // a block of 128 has to fit
 #endif
-constexpr int T = GROUPS, X = T * G;           // groups and queries in a tile
+constexpr int T = GROUPS;                      // groups of queries in a tile
+constexpr int STRIPS = 128 / G;                // strips of 16 keys in a block, at most
 
-// p and ds of a strip of keys, in place of s and dp; first, n: the groups of the tile that see any of these keys
-INLINE void softmax_gradient(float* s, float* ds, u32* pairs, int first, int n, const int* query, const char* documents,
+// p and ds of a strip of keys in place of s and dp, blocks of [query][key]; first, n: the groups of the tile that see any of these keys
+INLINE void softmax_gradient(float* s, float* dp, u32* ds, int first, int n, const int* query, const char* documents,
                              const Params& p, int key, int end, const int* q_ids, const int* k_ids, const float* lse2, const float* delta, float c) {
   for (int g = first; g < n; g++) {
-    bool masked = (p.causal && query[g] + p.first_row * p.N < key + R - 1) || key + R - 1 > end || documents[g];
+    const int position = query[g] + p.first_row * p.N;
+    const bool masked = (p.causal && position < key + G - 1) || key + G - 1 > end || documents[g];
     for (int v = 0; v < G; v += W) {
-      vf l = load(lse2 + query[g] + v), de = load(delta + query[g] + v);
-      vi position = lanes() + (query[g] + v + p.first_row * p.N);
-#if BF16
-      __m256i before = {};
-#endif
-      for (int i = 0; i < R; i++) {
-        float *at = s + i * X + g * G + v, *to = ds + i * X + g * G + v;
-        vf x = exp2(load(at) * c - l);
+      vi at_key = lanes() + (key + v);
+      vf p_even = {}, ds_even = {};
+      for (int i = 0; i < G; i++) {
+        const int at = g * GG + i * G + v;
+        vf x = exp2(load(s + at) * c - lse2[query[g] + i]);
         if (masked) {
-          vi hidden = all_int(key + i > end ? -1 : 0);
-          if (p.causal) hidden |= position < key + i;
-          if (documents[g]) hidden |= load_int(q_ids + query[g] + v) != k_ids[i];
+          int last = p.causal && position + i < end ? position + i : end;
+          vi hidden = at_key > last;
+          if (documents[g]) hidden |= load_int(k_ids + v) != q_ids[query[g] + i];
           x = hidden ? all(0.f) : x;
         }
-        vf y = x * (load(to) - de);
-#if BF16                                       // pairs of queries within a row, for dk and dv, and pairs of rows, for dq
-        __m256i xs = (__m256i)_mm512_cvtneps_pbh((__m512)x), ys = (__m256i)_mm512_cvtneps_pbh((__m512)y);
-        _mm256_storeu_si256((__m256i*)(((u16*)s) + (2 * i * X + g * G)), xs);
-        _mm256_storeu_si256((__m256i*)(((u16*)ds) + (2 * i * X + g * G)), ys);
-        if (i % 2) _mm512_storeu_si512(pairs + i / 2 * X + g * G,
-          _mm512_or_si512(_mm512_cvtepu16_epi32(before), _mm512_slli_epi32(_mm512_cvtepu16_epi32(ys), 16)));
-        before = ys;
+        vf y = x * (load(dp + at) - delta[query[g] + i]);
+#if BF16                                       // pairs of keys within a row, for dq, and pairs of rows, in place, for dk and dv
+        _mm256_storeu_si256((__m256i*)(ds + g * GG + i * STEPS), (__m256i)_mm512_cvtneps_pbh((__m512)y));
+        if (i % 2) store_pairs((u32*)s + g * GG + i / 2 * G, p_even, x), store_pairs((u32*)dp + g * GG + i / 2 * G, ds_even, y);
+        p_even = x; ds_even = y;
 #else
-        store(at, x); store(to, y);
+        store(s + at, x); store(dp + at, y);
 #endif
       }
     }
@@ -65,41 +60,43 @@ static void backward_column(const Params& p, int bh, int part, int j) {
   const int b = bh / p.H, h = bh % p.H, N = p.N, key = j * N, before = p.q_start - p.first_row * N, groups = (before + p.L + G - 1) / G;
   const int length = p.kv_lengths && p.kv_lengths[b] < p.S ? p.kv_lengths[b] : p.S, end = length - 1;
   const int at = (p.heads > 1 ? h * p.nK : 0) + j, stop = p.ptr[at + 1];
-  alignas(64) u32 k[128 * U], v[128 * U], steps[BF16 ? 128 * U : 1], pairs[BF16 ? 64 * X : 1];
-  alignas(64) float dk[128 * D], dv[128 * D], s[R * X], ds[128 * X];
-  copy_rows(k, p.k + b * p.ks.b + h * p.ks.h, p.ks.l, key, N, p.S);
-  copy_rows(v, p.v + b * p.vs.b + h * p.vs.h, p.vs.l, key, N, p.S);
-  if (BF16) as_steps(steps, k, N);
-  const u32 *kr = BF16 ? steps : k, *left = BF16 ? pairs : (u32*)ds;
+  alignas(64) u32 rows[GU], kt[128 * U], vt[128 * U], steps[128 * U], ds[STRIPS * T * GG];
+  alignas(64) float dk[128 * D], dv[128 * D], s[T * GG], dp[BF16 ? T * GG : 1];
+  const u32* k_steps[STRIPS];
+  for (int i = 0; i < N; i += G) {
+    copy_rows(rows, p.v + b * p.vs.b + h * p.vs.h, p.vs.l, key + i, p.S); transpose(vt + i * U, rows);
+    copy_rows(rows, p.k + b * p.ks.b + h * p.ks.h, p.ks.l, key + i, p.S); transpose(kt + i * U, rows);
+    as_steps(steps + i * U, rows); k_steps[i / G] = steps + i * U;
+  }
   memset(dk, 0, sizeof(float) * N * D); memset(dv, 0, sizeof(float) * N * D);
   const i64 base = (i64)bh * groups;
   const float c = p.scale * LOG2E, *lse2 = p.lse2 + base * G, *delta = p.delta + base * G;
   float* sums = p.sums + ((i64)part * p.B * p.H + bh) * groups * G * D;
   const int *q_ids = p.q_ids ? p.q_ids + (i64)b * p.nQ * N : 0, *k_ids = p.k_ids ? p.k_ids + (i64)b * p.nK * N + key : 0;
   for (int e = p.ptr[at]; e < stop && key <= end;) {
-    const u32 *qt[T], *dt[T], *qr[T], *dr[T]; int query[T], n = 0; char documents[T];
+    const u32 *q_rows[T], *d_rows[T], *q_steps[T], *d_steps[T]; int query[T], n = 0; char documents[T];
     for (; e < stop && n + N / G <= T; e++)
       for (int x = p.list[e] * N; x < p.list[e] * N + N && x < groups * G; x += G) {
         if (x + G <= before) continue;
         const i64 group = (base + x / G) * GU;
-        query[n] = x; qt[n] = p.qt + group; dt[n] = p.dt + group; qr[n] = p.qr + group; dr[n] = p.dr + group;
+        query[n] = x; q_rows[n] = p.q_rows + group; d_rows[n] = p.d_rows + group; q_steps[n] = p.q_steps + group; d_steps[n] = p.d_steps + group;
         documents[n++] = p.q_ids && (p.untrusted || !p.full[e]);
       }
     int first = 0;                                        // queries before `first` see none of the strip's keys
-    for (int i = 0; i < N && key + i <= end; i += R) {
+    for (int i = 0; i < N && key + i <= end; i += G) {
       while (p.causal && first < n && query[first] + G + p.first_row * N <= key + i) first++;
       if (first == n) break;
-      u32 *ps = (u32*)s + first * STEPS, *dss = (u32*)(ds + i * X) + first * STEPS;
-      scores<R, X>(s + first * G, k + i * U, qt + first, n - first);
-      scores<R, X>(ds + i * X + first * G, v + i * U, dt + first, n - first);
-      softmax_gradient(s, ds + i * X, pairs + i / 2 * X, first, n, query, documents, p, key + i, end, q_ids, k_ids + i, lse2, delta, c);
-      add_products<R, X, 1>(dv + i * D, nullptr, ps, dr + first, n - first);
-      add_products<R, X, 1>(dk + i * D, nullptr, dss, qr + first, n - first);
+      u32* own = ds + i / G * T * GG;
+      float* to = BF16 ? dp : (float*)own;
+      for (int g = first; g < n; g++) scores(s + g * GG, q_rows[g], kt + i * U), scores(to + g * GG, d_rows[g], vt + i * U);
+      softmax_gradient(s, to, own, first, n, query, documents, p, key + i, end, q_ids, k_ids + i, lse2, delta, c);
+      add_products<1, G>(dv + i * D, nullptr, (u32*)s + first * GG, GG, d_steps + first, n - first);
+      add_products<1, G>(dk + i * D, nullptr, (u32*)to + first * GG, GG, q_steps + first, n - first);
     }
     for (int g = 0; g < n; g++) {
-      int rows = p.causal ? query[g] + G + p.first_row * N - key : N, there = (end - key) / R * R + R;
-      rows = rows < N ? rows : N; rows = rows < there ? rows : there;
-      if (rows > 0) add_products<G, 1, X>(sums + (i64)query[g] * D, nullptr, left + g * G, &kr, 1, rows / PAIR);
+      int keys = p.causal ? query[g] + G + p.first_row * N - key : N, there = (end - key) / G * G + G;
+      keys = keys < N ? keys : N; keys = keys < there ? keys : there;
+      if (keys > 0) add_products<STEPS, 1>(sums + (i64)query[g] * D, nullptr, ds + g * GG, T * GG, k_steps, keys / G);
     }
   }
   for (int i = 0; i < N && key + i < p.S; i++) {
@@ -111,21 +108,17 @@ static void backward_column(const Params& p, int bh, int part, int j) {
 
 # %% ../nbs/06a_cpu_backward.ipynb #de29e198
 BACKWARD_CALL = r'''
-// The packed operands, lse in base 2, delta and zeros for dq: one group of queries
+// The operands, lse in base 2, delta and zeros for dq: one group of queries
 static void prepare(const Params& p, i64 t, int at, int bh, int before) {
   const int b = bh / p.H, h = bh % p.H;
-  alignas(64) u32 rows[GU];
-  copy_rows(rows, p.q + b * p.qs.b + h * p.qs.h, p.qs.l, at - before, G, p.L);
-  transpose(p.qt + t * GU, rows);
-  if (p.copy_q) as_steps(p.qr + t * GU, rows, G);
-  copy_rows(rows, p.dout + b * p.dos.b + h * p.dos.h, p.dos.l, at - before, G, p.L);
-  transpose(p.dt + t * GU, rows);
-  if (p.copy_d) as_steps(p.dr + t * GU, rows, G);
+  if (p.copy_q) copy_rows(p.q_rows + t * GU, p.q + b * p.qs.b + h * p.qs.h, p.qs.l, at - before, p.L);
+  if (p.copy_d) copy_rows(p.d_rows + t * GU, p.dout + b * p.dos.b + h * p.dos.h, p.dos.l, at - before, p.L);
+  if (BF16) as_steps(p.q_steps + t * GU, p.q_rows + t * GU), as_steps(p.d_steps + t * GU, p.d_rows + t * GU);
   for (int i = 0; i < G; i++) {
     const i64 x = at + i - before, q = (i64)bh * p.L + x;
     p.lse2[t * G + i] = INFINITY; p.delta[t * G + i] = 0;     // a query that is not there, or sees nothing: p = 2^-inf = 0
     if (x < 0 || x >= p.L || p.lse[q] == -INFINITY) continue;
-    const real *o = p.o + b * p.os.b + h * p.os.h + x * p.os.l, *d = (const real*)(rows + i * U);
+    const real *o = p.o + b * p.os.b + h * p.os.h + x * p.os.l, *d = (const real*)(p.d_rows + t * GU + i * U);
     float part[16] = {}, total = 0;
     for (int y = 0; y < D; y += 16) for (int z = 0; z < 16; z++) part[z] += wide(o[y + z]) * wide(d[y + z]);
     for (int z = 0; z < 16; z++) total += part[z];
@@ -187,15 +180,17 @@ def cpu_backward(
     if q.dtype == torch.bfloat16 and not bf16_products():    # the fp32 kernel serves
         wide = (t.float() for t in (do, dlse, q, k, v, o, lse))
         return tuple(g.to(q.dtype) for g in cpu_backward(*wide, layout, scale, segments, kv_lengths))
-    (B, H, L, D), given, before = q.shape, (q, k, v), layout.q_start % layout.block
+    (B, H, L, D), before, bf16 = q.shape, layout.q_start % layout.block, q.dtype == torch.bfloat16
+    results = [torch.empty_like(t) for t in (q, k, v)]
+    dq, dk, dv = outs = [row_wise(t) for t in results]
     do, q, k, v, o = map(whole_rows, (do, q, k, v, o))
-    parts, rows = column_parts(layout, B, H, torch.get_num_threads()), -(-(before + L) // 16) * 16
-    qt, dt = (torch.empty(B, H, rows, D, dtype=q.dtype) for _ in range(2))
-    qr, dr = (t if packed_already(t, before) else torch.empty_like(qt) for t in (q, do))
-    sums, (lse2, delta) = torch.empty(parts, B, H, rows, D), torch.empty(2, B, H, rows)
-    dq, dk, dv = map(torch.empty_like, (q, k, v))
+    q_rows, d_rows = side_by_side(q, before), side_by_side(do, before)
+    q_steps, d_steps = (torch.empty_like(t) if bf16 else t for t in (q_rows, d_rows))
+    parts, rows = column_parts(layout, B, H, torch.get_num_threads()), q_rows.shape[2]
+    sums = dq if parts == 1 and side_by_side(dq, before) is dq and not bf16 else torch.empty(parts, B, H, rows, D)
+    lse2, delta = torch.empty(2, B, H, rows)
     tensors = dict(q=q, k=k, v=v, o=o, dout=do, dq=dq, dk=dk, dv=dv, lse=lse.contiguous(), dlse=dlse.float().contiguous(),
-                   qt=qt, dt=dt, qr=qr, dr=dr, sums=sums, lse2=lse2, delta=delta)
-    params = fill_params(layout, True, scale, segments, kv_lengths, tensors, copy_q=qr is not q, copy_d=dr is not do, parts=parts)
-    cpu_kernel("backward", D, q.dtype == torch.bfloat16)(ctypes.byref(params))
-    return tuple(map(like, (dq, dk, dv), given))
+                   q_rows=q_rows, d_rows=d_rows, q_steps=q_steps, d_steps=d_steps, sums=sums, lse2=lse2, delta=delta)
+    params = fill_params(layout, True, scale, segments, kv_lengths, tensors, copy_q=q_rows is not q, copy_d=d_rows is not do, parts=parts)
+    cpu_kernel("backward", D, bf16)(ctypes.byref(params))
+    return tuple(t if t is out else t.copy_(out) for t, out in zip(results, outs))

@@ -91,10 +91,10 @@ def test_not_a_number_in_is_not_a_number_out():
     assert o[0, 0, 20:48].isnan().all() and o[0, 0, :20].isfinite().all() and o[0, 0, 48:].isfinite().all()
 
 def test_one_pool_of_threads():
-    assert openmp_runtime() is None or str(openmp_runtime()) in Path("/proc/self/maps").read_text()
+    if openmp_runtime() is None: pytest.skip("PyTorch's OpenMP runtime is not one that this compiler's code can use")
     cpu_kernel("forward", 64, False)
-    runtimes = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line or "libiomp" in line}
-    assert len(runtimes) == 1, runtimes
+    files = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    assert len(runtimes := {file for file in files if Path(file).name.startswith(("libgomp", "libiomp", "libomp"))}) == 1, runtimes
 
 
 PORTABLE = """

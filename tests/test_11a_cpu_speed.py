@@ -15,10 +15,11 @@ def test_measured_times_are_within_the_density_limit():
 
 def test_measured_gains():
     assert all(r["flex"] >= 1.3 * r["ours"] for r in result_rows("flex"))
-    least = {128: 1.5, 256: 3.0, 512: 4.0}    # the aim at 128 was 2.4, which only the local pattern reaches
+    least = {128: 2.4, 256: 3.0, 512: 4.0}
     for r in result_rows("short"):
         dense, sdpa, ours = r["forward"]
-        assert dense >= least[r["L"]] * ours and (sdpa >= ours or r["L"] == 128), r
-        assert r["memory_forward"][2] <= 0.75 * r["memory_forward"][0], r
+        assert dense >= least[r["L"]] * ours and sdpa >= ours, r
+        assert all(r[key][2] <= 0.75 * r[key][0] for key in ("memory_forward", "memory_training")), r
     assert all(r[key][0] >= 1.7 * r[key][1] for r in result_rows("threads") for key in ("forward", "training"))
-    assert all(a["forward"] >= 1.2 * b["forward"] for a, b in zip(result_rows("limit_fp32"), result_rows("limit_bf16")))
+    fp32, bf16 = ([r for r in result_rows("threads") if r["dtype"] == dtype] for dtype in ("float32", "bfloat16"))
+    assert len(fp32) == len(bf16) == 3 and all(a["forward"][1] >= 1.2 * b["forward"][1] for a, b in zip(fp32, bf16))
