@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CONTENDERS', 'DENSE', 'TOLERANCE', 'checked', 'PATTERNS', 'DENSITIES', 'COLOURS', 'Case', 'window_of', 'case_pattern',
            'materialised', 'sdpa', 'ours', 'packed', 'flex', 'fa4', 'flashinfer', 'available', 'off_by', 'problem',
-           'check_small', 'check_rows', 'median_ms', 'quiet_stderr', 'peak_memory', 'measure_limits', 'theory',
-           'share_of_limit', 'fits', 'check_once', 'measure_attention', 'measure_model', 'plan', 'about_machine',
-           'open_results', 'keep_results', 'expected_ms', 'measure', 'run', 'good_rows', 'attention_table',
-           'model_table', 'total_ms', 'break_even', 'length_chart', 'density_chart', 'roofline_chart', 'report',
-           'draw_charts', 'main', 'small_comparison']
+           'check_small', 'check_rows', 'wake_threads', 'median_ms', 'quiet_stderr', 'peak_memory', 'measure_limits',
+           'theory', 'share_of_limit', 'fits', 'check_once', 'measure_attention', 'measure_model', 'plan',
+           'about_machine', 'open_results', 'keep_results', 'expected_ms', 'measure', 'run', 'good_rows',
+           'attention_table', 'model_table', 'total_ms', 'break_even', 'length_chart', 'density_chart',
+           'roofline_chart', 'report', 'draw_charts', 'main', 'small_comparison']
 
 # %% ../nbs/18_benchmark.ipynb #cdb8d7bd
 import argparse
@@ -218,6 +218,16 @@ def check_rows(
     return worst
 
 # %% ../nbs/18_benchmark.ipynb #60d82285
+def wake_threads(
+    limit: float = 2,  # seconds at most
+):
+    "Keep a CPU's threads busy until they run side by side; the scheduler may have put two on one core"
+    x, start = torch.randn(768, 768), time.perf_counter()
+    while time.perf_counter() - start < limit:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(4): x @ x
+        if time.process_time() - cpu > 0.9 * torch.get_num_threads() * (time.perf_counter() - wall): return
+
 def median_ms(
     fn: Callable,
     device: str,
@@ -228,8 +238,9 @@ def median_ms(
         try: from triton.testing import do_bench
         except ModuleNotFoundError: pass
         else: return do_bench(fn, warmup=50, rep=int(seconds * 500), return_mode="median")
-    times, start = [], time.perf_counter()
+    if device == "cpu": wake_threads()
     fn()
+    times, start = [], time.perf_counter()
     while len(times) < 3 or time.perf_counter() - start < seconds and len(times) < 100:
         if device == "cuda": torch.cuda.synchronize()
         t = time.perf_counter()
