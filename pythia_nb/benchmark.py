@@ -219,7 +219,7 @@ def check_rows(
 
 # %% ../nbs/18_benchmark.ipynb #60d82285
 def wake_threads(
-    limit: float = 2,  # seconds at most
+    limit: float = 0.5,  # seconds at most
 ):
     "Keep a CPU's threads busy until they run side by side; the scheduler may have put two on one core"
     x, start = torch.randn(768, 768), time.perf_counter()

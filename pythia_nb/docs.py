@@ -517,7 +517,7 @@ def mend_signatures(
 
 def mend_page(app, page_name, template, context, doctree):
     "Called by Sphinx before a page is written"
-    if "body" in context: context["body"] = mend_signatures(context["body"])
+    if "body" in context: context["body"] = mend_signatures(context["body"]).replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
     tree = context.get("furo_navigation_tree", "")
     context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')
 
