@@ -56,7 +56,7 @@ def train_parser() -> argparse.ArgumentParser:
     data = p.add_argument_group("data")
     data.add_argument("--data", nargs="+", default=None, help="token files or folders from pythia_prepare, or a text file or folder (default: the source of Python's standard library)")
     data.add_argument("--weights", type=float, nargs="+", default=None, help="mix several token folders by these shares")
-    data.add_argument("--validation", type=float, default=0.05, help="part of the tokens that is held back")
+    data.add_argument("--validation", type=float, default=None, help="part of the tokens that is held back (default: what pythia_prepare was told, else 0.05)")
     data.add_argument("--vocab_size", type=int, default=10_000, help="ids of the tokenizer that is trained, if the data are text")
     data.add_argument("--tokenizer", default=None, help="tokenizer.json for text, instead of one that is trained")
     model = p.add_argument_group("model")
