@@ -207,7 +207,8 @@ class Pythia(nn.Module):
             raise TypeError(f"config is {config!r}; give a PythiaConfig, for example PythiaConfig.preset('70m')")
         device = torch.device(device) if device is not None else torch.get_default_device()
         factory, V, d = dict(device="meta", dtype=dtype), config.vocab_size, config.hidden_size
-        self.config, self.block, self.chunk_gradient = config, block, chunk_gradient
+        self.config, self.block = config, block
+        self.chunk_gradient = None   # what `loss` does with a chunk of logits, where it is not the usual thing
         self.embed_in = nn.Embedding(V, d, **factory)
         self.layers = nn.ModuleList([Layer(config, i, **factory) for i in range(config.num_layers)])
         self.final_layer_norm = nn.LayerNorm(d, config.layer_norm_eps, **factory)
@@ -448,4 +449,4 @@ def loss(
     _check_range("targets", targets.masked_fill(targets == ignore_index, 0), self.config.vocab_size)
     hidden = self(ids, attention_mask, segment_ids=segment_ids, return_hidden=True)
     return chunked_cross_entropy(hidden, self.unembedding, targets, chunk=chunk, ignore_index=ignore_index,
-                                 gradient=self.chunk_gradient)
+                                 gradient=self.chunk_gradient or chunk_gradient)

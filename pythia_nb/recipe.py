@@ -207,10 +207,8 @@ def prepare_model(
         if config.recompute: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         layer._compiled_call_impl = None  # what Module.compile sets
         if config.compile: layer.compile()
-    model.chunk_gradient = _compiled_chunk() if config.compile else chunk_gradient
+    model.chunk_gradient = torch.compile(chunk_gradient, dynamic=False) if config.compile else None
     return model
-
-def _compiled_chunk(): return torch.compile(chunk_gradient, dynamic=False)
 
 # %% ../nbs/14c_recipe.ipynb #2bcc0404
 def pattern_at(
