@@ -253,15 +253,15 @@ template <int V, int AM, int AK>
 INLINE void add_products_of(float* c, const float* factor, const u32* a, int apart, const u32* const* groups, int n, int d) {
   for (int i = 0; i < G; i += MR) {
     vf t[MR][V]; const u32* b[V];
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < V; v++) {
-      t[m][v] = load(c + (i + m) * D + d + v * W);
-      if (factor) t[m][v] *= factor[i + m];
-    }
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < V; v++) t[m][v] = all(0.f);
     for (int g = 0; g < n; g++) {
       UNROLL for (int v = 0; v < V; v++) b[v] = groups[g] + d + v * W;
       product<MR, V, AM, AK, D>(t, a + i * AM + g * apart, b, STEPS);
     }
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < V; v++) store(c + (i + m) * D + d + v * W, t[m][v]);
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < V; v++) {    // added at the end: a chain of sums over all tokens would lose digits
+      float* at = c + (i + m) * D + d + v * W;
+      store(at, (factor ? load(at) * factor[i + m] : load(at)) + t[m][v]);
+    }
   }
 }
 template <int AM, int AK>

@@ -383,6 +383,8 @@ def test_twice_as_fast_as_sdpa_at_six_percent():
     layout = P.local(4).layout(8192, block=64)
     assert 0.055 < layout.density < 0.065
     with torch.no_grad():
-        dense = time_call(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), 3)
-        sparse = time_call(lambda: block_sparse_attention(q, k, v, layout, backend="torch"), 3)
+        # by turns, and the best of each: other programs want the processor too
+        turns = [(time_call(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), 1),
+                  time_call(lambda: block_sparse_attention(q, k, v, layout, backend="torch"), 1)) for _ in range(5)]
+    dense, sparse = map(min, zip(*turns))
     assert dense > 2 * sparse, f"dense {dense:.0f} ms, sparse {sparse:.0f} ms"
