@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from .corpora import learn_bpe
 from .generate import END_OF_TEXT, Tokenizer
-from .sources import Piece, open_source, sample_texts
+from .sources import TextPiece, open_source, sample_texts
 from .tokens import MANIFEST, JoinedTokens, TokenFile, check_weights, digest, open_tokens, read_manifest, token_writer
 from .weights import fetch, replacing
 
@@ -44,7 +44,7 @@ class Load(NamedTuple):
 
 # %% ../nbs/14b_prepare.ipynb #f16a3fa5
 def loads(
-    pieces:Iterable[Piece], # a stream
+    pieces:Iterable[TextPiece], # a stream
     size:int=2**20,         # characters
 ) -> Iterator[Load]:
     "Cut a stream into loads"
