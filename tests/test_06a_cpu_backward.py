@@ -77,27 +77,20 @@ def cpu_problem(D, N, dtype, heads, causal, lengths, masks, extreme, strides, sc
     if masks in ("key counts", "both"): kw["kv_lengths"] = torch.randint(0, S + 1, (B,))
     return [q, k, v], layout, kw
 
-def check_case(threads, seed, factor=2.0, **case):
+def check_case(threads, seed, **case):
     "Hold one case to the budget, on some number of threads"
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     try:
         tensors, layout, kw = cpu_problem(**case)
-        return check_attention(on_cpu, *tensors, layout, factor, **kw)
+        return check_attention(on_cpu, *tensors, layout, **kw)
     except AssertionError as e: raise AssertionError(f"seed {seed}, {threads} threads, {case}: {e}") from None
     finally: torch.set_num_threads(before)
 
 @pytest.mark.parametrize("case", list(every_pair(AXES)), ids=lambda case: " ".join(map(str, case.values())))
 def test_every_pair_of_choices_is_within_budget(case):
-    for _ in range(2):
-        seed = random.SystemRandom().randrange(10**6)
-        try: check_case(seed=seed, **case)
-        # the largest of random errors is compared with another such: by chance, one of some hundred draws is just outside.
-        # Then it must be near, and two more draws inside
-        except AssertionError:
-            check_case(seed=seed, factor=4.0, **case)
-            for _ in range(2): check_case(seed=random.SystemRandom().randrange(10**6), **case)
+    for _ in range(2): check_case(seed=random.SystemRandom().randrange(10**6), **case)
 
 
 def test_rows_and_columns_that_see_nothing():
