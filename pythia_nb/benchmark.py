@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,9 +34,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import patterns as P
 from .attention import block_sparse_attention
+from .comparison import materialised_attention
 from .config import PythiaConfig, Table
 from .layout import BlockLayout
 from .model import Pythia
+from .recipe import TrainConfig, make_optimizer, train_step
 from .reference import attention_oracle
 from .weights import replacing
 
@@ -83,7 +86,7 @@ def case_pattern(
 def materialised(case: Case, layout: BlockLayout) -> Callable:
     "Dense causal attention that stores all scores"
     hidden = torch.ones(case.L, case.L, dtype=torch.bool, device=layout.device).triu(1)
-    return lambda q, k, v: (q @ k.transpose(-1, -2) * case.D**-0.5).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+    return partial(materialised_attention, hidden=hidden)
 
 def sdpa(backend: SDPBackend) -> Callable:
     "PyTorch's dense causal attention through one of its backends"
@@ -375,17 +378,13 @@ def measure_model(
     pattern = None if case.name != "pythia_nb" else case_pattern(case.pattern, case.L, case.block)
     model = Pythia(config, pattern=pattern, block=case.block).to(device)
     ids = torch.randint(10_000, (case.B, case.L + 1), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    low = torch.autocast(device, torch.bfloat16) if case.dtype == "bfloat16" else contextlib.nullcontext()
+    recipe = TrainConfig(batch_size=case.B, seq_len=case.L, dtype=case.dtype)
+    optimizer = make_optimizer(model, recipe)
     def forward():
-        with torch.no_grad(), low: return model(ids[:, :-1], return_hidden=True)
-    def step():
-        with low: loss = model.loss(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-    if not torch.isfinite(step()): raise AssertionError("the loss is not finite")
+        with torch.no_grad(), torch.autocast(device, getattr(torch, case.dtype), enabled=case.dtype != "float32"):
+            return model(ids[:, :-1], return_hidden=True)
+    def step(): return train_step(model, optimizer, (ids[:, :-1], ids[:, 1:]), 1e-4, recipe)    # raises if the loss is no number
+    step()
     row = dict(forward_ms=median_ms(forward, device, seconds), forward_memory=peak_memory(forward, device),
                training_ms=median_ms(step, device, seconds), training_memory=peak_memory(step, device), tokens=case.B * case.L)
     return row | dict(tokens_per_s=row["tokens"] / row["training_ms"] * 1e3, preset=preset or ("70m" if device == "cuda" else "14m"))

@@ -33,7 +33,10 @@ def serve(
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args): super().__init__(*args, directory=str(folder))
         def log_message(self, *args): pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, *args):  # a browser that leaves a page gives up what it was loading
+            if not isinstance(sys.exc_info()[1], ConnectionError): super().handle_error(*args)
+    server = Server(("127.0.0.1", 0), Quiet)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try: yield f"http://127.0.0.1:{server.server_port}"
     finally:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .recipe import Alone, TrainConfig
-from .weights import replacing, saved_config
+from .weights import replacing, saved_config, sync
 
 # %% ../nbs/14d_checkpoint.ipynb #0998cd77
 def state_tensors(
@@ -50,12 +50,6 @@ def _checksum(path:Path) -> list: # [bytes, CRC-32]
     with open(path, "rb") as file:
         while data := file.read(1 << 22): crc, size = zlib.crc32(data, crc), size + len(data)
     return [size, crc]
-
-def _sync(path:Path):
-    "Bring a file or folder to disk"
-    f = os.open(path, os.O_RDONLY)
-    try: os.fsync(f)
-    finally: os.close(f)
 
 def _random_states() -> dict:
     "The states of PyTorch's generators in this process"
@@ -117,10 +111,10 @@ def _finish(hidden:Path, path:Path, sums:list[dict], **facts):
     "Write run.json, bring all to disk, and give the folder its name"
     files = {name: entry for part in sums for name, entry in part.items()}
     (hidden/"run.json").write_text(json.dumps(facts | {"files": files}, indent=1), encoding="utf-8")
-    for file in [*hidden.iterdir(), hidden]: _sync(file)
+    for file in [*hidden.iterdir(), hidden]: sync(file)
     shutil.rmtree(path, ignore_errors=True)  # the same step of an earlier try
     os.replace(hidden, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 # %% ../nbs/14d_checkpoint.ipynb #91a43ed8
 def read_checkpoint(

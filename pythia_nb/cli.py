@@ -27,7 +27,8 @@ from .data import Batches, Corpus, TokenView, read_corpus, split, tokenize, trai
 from .generate import Tokenizer, generate_text, stream
 from .layout import check_block
 from .model import Pythia
-from .train import TrainConfig, plot_history, train
+from .recipe import TrainConfig, model_density
+from .train import plot_history, train
 from .weights import fetch, replacing
 
 # %% ../nbs/21_cli.ipynb #0dfca28c
@@ -188,8 +189,7 @@ def compare(
     for name, model in models.items():
         steps, last = [row for row in histories[name] if "loss" in row], histories[name][-1]
         tail = steps[-max(1, len(steps) // 10):]
-        report = model.sparsity_report(args.seq_len)
-        density = sum(r["density"] * len(r["layers"]) for r in report) / len(model.layers)
+        report, density = model.sparsity_report(args.seq_len), model_density(model, args.seq_len)
         rows.append(dict(
             model=name, pattern=str(args.pattern) if name == "sparse" else "dense", parameters=model.num_parameters(), density=density,
             train_loss=sum(r["loss"] for r in tail) / len(tail), val_loss=last["val_loss"], perplexity=last["val_perplexity"],

@@ -180,7 +180,7 @@ def cpu_backward(
     if q.dtype == torch.bfloat16 and not bf16_products():    # the fp32 kernel serves
         wide = (t.float() for t in (do, dlse, q, k, v, o, lse))
         return tuple(g.to(q.dtype) for g in cpu_backward(*wide, layout, scale, segments, kv_lengths))
-    (B, H, L, D), before, bf16 = q.shape, layout.q_start % layout.block, q.dtype == torch.bfloat16
+    (B, H, _, D), before, bf16 = q.shape, layout.q_start % layout.block, q.dtype == torch.bfloat16
     results = [torch.empty_like(t) for t in (q, k, v)]
     dq, dk, dv = outs = [row_wise(t) for t in results]
     do, q, k, v, o = map(whole_rows, (do, q, k, v, o))

@@ -31,7 +31,7 @@ class Work(NamedTuple):
 def simulate_work(plan: Schedule, item: int, N: int, BM: int, first_row: int) -> Work:
     "An item of a schedule as the kernel sees it (BM at least N)"
     at, start, end, _ = plan.items[item].tolist()
-    G, head = BM // N, at // plan.lists
+    G = BM // N
     members = plan.members[at * G:at * G + G].tolist()
     first = [(first_row + members[row // N]) * N + row % N if members[row // N] >= 0 else -1 for row in range(BM)]
     return Work(first, [tuple(e) for e in plan.entries[start:end].tolist()])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .corpora import Corpus, cache_folder, read_corpus, stdlib_corpus, train_tokenizer
-from .tokens import JoinedTokens, TokenFile, check_weights, digest, open_tokens, tokenize, write_tokens
+from .tokens import JoinedTokens, TokenFile, digest, open_tokens, tokenize, write_tokens
 
 # %% ../nbs/14_data.ipynb #5a079553
 _all_ = ["Corpus", "cache_folder", "read_corpus", "stdlib_corpus", "train_tokenizer", "JoinedTokens", "TokenFile",

@@ -87,7 +87,6 @@ class Trained(nn.Module):
 class DDP(Processes):
     "A copy of the model in each process"
     def wrap(self, model:Pythia) -> Trained:
-        for p in model.parameters(): dist.broadcast(p.detach(), 0)
         ids = [self.device.index] if self.device.type == "cuda" else None
         self.engine = DistributedDataParallel(LossModule(model), device_ids=ids, gradient_as_bucket_view=True)
         return Trained(self.engine, model)

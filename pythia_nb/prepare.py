@@ -14,7 +14,6 @@ import os
 import signal
 import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor

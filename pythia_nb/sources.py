@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from .corpora import EXTENSIONS, visible_files
 from .generate import END_OF_TEXT
-from .tokens import digest
+
 
 # %% ../nbs/14a_sources.ipynb #45356bde
 class TextPiece(NamedTuple):
@@ -303,7 +303,7 @@ def sample_texts(
     limit:int=64_000_000,   # characters
 ) -> list[str]:
     "Pieces spread over all sources, of `limit` characters at most"
-    size, taken, found = sum(s.size for s in sources), 0, []
+    size, found = sum(s.size for s in sources), []
     for source in sources:
         share = limit if size == 0 else max(1, limit * (source.size or limit) // (size + limit * (source.size == 0)))
         stride, mine = max(1, -(-source.size // share)), 0

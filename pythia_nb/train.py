@@ -7,7 +7,6 @@ __all__ = ['MOST_SKIPPED', 'COLOURS', 'make_batches', 'Run', 'on_main', 'begin',
            'memory_gib', 'Terminated', 'train', 'plot_history', 'running_mean']
 
 # %% ../nbs/15_train.ipynb #8aa030b5
-import math
 import resource
 import signal
 import threading
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import (check_unchanged, checkpoint_path, checkpoints, newest_checkpoint, open_run, prune,
-                                  read_checkpoint, read_log, restore, save_checkpoint, save_due, write_log)
+from .checkpoint import (check_unchanged, checkpoint_path, checkpoints, open_run, prune, read_log, restore,
+                                  save_checkpoint, save_due, write_log)
 from .data import Batches, split
 from .recipe import (Alone, TrainConfig, evaluate, make_optimizer, make_scaler, model_density, pattern_at,
                               peak_flops, prepare_model, train_step, lr_at)
@@ -102,7 +101,8 @@ def begin(
         check_unchanged(state, model, config, **facts)
         run.done, run.history = restore(state, model, optimizer, team), read_log(config.out, state["step"])
         scaler.load_state_dict(state["scaler"])
-    elif validation: run.history.append({"step": 0, **evaluate(trained, validation, config.eval_batches, config.dtype, team)})
+    follow_pattern(run, run.done)
+    if validation and not state: run.history.append({"step": 0, **evaluate(trained, validation, config.eval_batches, config.dtype, team)})
     if config.out and team.main: write_log(config.out, run.history)
     if not state and config.out and save_due(0, config): save(run)
     return run

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HF_NAMES', 'HF_ACTIVATIONS', 'SAFETENSORS_TYPES', 'LEGACY_BUFFERS', 'MODEL_FILE', 'config_from_hf', 'config_to_hf',
-           'fetch', 'load_config', 'TensorSpec', 'replacing', 'saved_config']
+           'fetch', 'load_config', 'TensorSpec', 'replacing', 'sync', 'saved_config']
 
 # %% ../nbs/02_weights.ipynb #ca54fe95
 import importlib
@@ -377,12 +377,12 @@ def replacing(
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/02_weights.ipynb #2c4d5901
-def _sync(
+def sync(
     path:Path, # a file or a folder
 ):
     "Bring a file to disk."
@@ -408,7 +408,7 @@ def _write_model(
                  "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(saved_config(model), indent=2) + "\n", encoding="utf-8")
-    for path in [*folder.iterdir(), folder]: _sync(path)
+    for path in [*folder.iterdir(), folder]: sync(path)
 
 # %% ../nbs/02_weights.ipynb #4b8cbc8f
 def saved_config(
@@ -447,7 +447,7 @@ def _move_in(
     for p in _model_files(folder):
         if p.name not in {f.name for f in files}: p.unlink()
     for p in files: os.replace(p, folder / p.name)
-    _sync(folder)
+    sync(folder)
 
 # %% ../nbs/02_weights.ipynb #a1359476
 def _install(
@@ -460,7 +460,7 @@ def _install(
     for p in _model_files(folder):
         try: os.link(p.resolve(), before / p.name)
         except OSError: shutil.copy2(p, before / p.name)  # not every file system has second names
-    _sync(before)
+    sync(before)
     try: _move_in(new, folder)
     except BaseException:
         _move_in(before, folder)
@@ -484,7 +484,7 @@ def save_pretrained(
         _write_model(self, new, limit)
         if folder.exists(): _install(new, folder)
         else: os.rename(new, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as e:
         raise OSError(f"the model cannot be saved to {folder} ({e.strerror or e}); "
                       "choose a folder that can be written") from None
