@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .cuda_basics import Kernel, aligned, as_given, mask_tensors, pack_params
-from .cuda_forward import Tile, choose_tile, cuda_kernel, make_plan, multiprocessors, partial_rows, simulate_work, source_hash
+from .cuda_forward import Tile, choose_tile, combine_blocks, cuda_kernel, make_plan, multiprocessors, partial_rows, simulate_work, source_hash
 from .layout import BlockLayout
 from .schedule import schedule
 
@@ -150,8 +150,9 @@ extern "C" __global__ void __launch_bounds__(256) attention_prepare(const __grid
   const int keys = p.B * p.H * ((p.S + BOUND_ROWS - 1) / BOUND_ROWS), queries = ((i64)p.B * p.H * p.L + 256 / SIDE - 1) / (256 / SIDE);
   if (blockIdx.x < keys) { bound_keys(p, blockIdx.x); return; }
   if (blockIdx.x < keys + queries) { describe_queries(p, blockIdx.x - keys); return; }
+  // from the end to the start: the main kernel begins with the first heads, whose zeros are in the L2 cache then
   const i64 words = (i64)p.B * p.H * p.strips * 4 * D, step = (i64)(gridDim.x - keys - queries) * 256;
-  for (i64 i = (i64)(blockIdx.x - keys - queries) * 256 + threadIdx.x; i < words; i += step) ((int4*)p.dq_sum)[i] = make_int4(0, 0, 0, 0);
+  for (i64 i = words - 1 - (i64)(blockIdx.x - keys - queries) * 256 - threadIdx.x; i >= 0; i -= step) ((int4*)p.dq_sum)[i] = make_int4(0, 0, 0, 0);
 }
 '''
 
@@ -200,9 +201,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_backward(c
   const int tiles = ((w.end - w.start) * N + BN - 1) / BN;
 
   // A part of a long column starts at a tile of its own, so that columns seen by the same queries don't add to the same sums at the same time
-  const int turn = w.slot >= 0 ? w.at * 5 % tiles : 0;
+  constexpr int WHOLE = N > BN ? N / BN : 1;    // tiles of an entry: it starts at the first of them
+  const int turn = w.slot >= 0 ? w.at * 5 % (tiles / WHOLE) * WHOLE : 0;
   auto find = [&](int t, int turn, int start, int end) { find_entries(p, entries, t, t + turn < tiles ? t + turn : t + turn - tiles, start, end); };
   find(0, turn, w.start, w.end); find(1, turn, w.start, w.end);
+  commit();
   const i64 bh = (i64)w.b * p.H + w.h;
   if (threadIdx.x == 0)
     kept = Kept{w, turn, p.q + w.b * p.q_b + w.h * p.q_h, p.dout + w.b * p.do_b + w.h * p.do_h, (const float4*)p.rows + bh * p.L, p.dq_sum + bh * p.strips * (16 * D)};
@@ -226,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_backward(c
   };
   load_own(k_tile, p.k + w.b * p.k_b + w.h * p.k_h, p.k_l);
   load_own(v_tile, p.v + w.b * p.v_b + w.h * p.v_h, p.v_l);
-  __syncthreads();
+  commit(); wait<1>(); __syncthreads();    // the entries are there
   if (tiles) fetch(0);
   commit();
   float dk[PART & 2 ? MT : 1][PART & 2 ? DT / SPLIT : 1][4], dv[PART & 1 ? MT : 1][PART & 1 ? DT / SPLIT : 1][4];
@@ -307,8 +310,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_backward(c
   for (int t = 0; t < tiles; t++) {
     wait<0>(); __syncthreads();                       // tile t is there, and nobody reads the other stage any more
     if (t + 1 < tiles) fetch(t + 1);
-    commit();
     find(t + 2, kept.turn, kept.start, kept.end);
+    commit();
     #pragma unroll 1
     for (int phase = 0; phase < PHASES; phase++) {
       if (PART & 2 && (PHASES == 1 || (phase == 0) == (warp < WARPS / 2))) {
@@ -433,27 +436,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_backward(c
 
 # %% ../nbs/08_cuda_backward.ipynb #21f9f50f
 COMBINE_COLUMNS = r'''
-// The parts of a long column together, in order: dK and dV
-extern "C" __global__ void __launch_bounds__(256) attention_combine_columns(const __grid_constant__ Params p) {
-  constexpr int ROWS = N * G;
-  const int which = blockIdx.x / 2 / wide(p), bh = blockIdx.x / 2 % wide(p), what = blockIdx.x % 2;
-  if (which >= p.counts[2]) return;
+// The parts of a long column together, in order: dK (what = 0) or dV. A thread has a row and 8 of its columns
+constexpr int ROWS = N * G, COMBINES = (ROWS * CHUNKS + 255) / 256;    // rows of a list or group, and thread blocks that share them
+__device__ __forceinline__ void combine_column(const Params& p, int which, int bh, int what, int row, int col) {
   const int4 split = p.splits[which];
   const int b = p.layout_heads > 1 ? bh : bh / p.H, h = p.layout_heads > 1 ? split.x / p.lists : bh % p.H;
-  u16* out = what ? p.dv + b * p.dv_b + h * p.dv_h : p.dk + b * p.dk_b + h * p.dk_h;
-  const int stride = what ? p.dv_l : p.dk_l;
-  const float* partial = p.partial + (what * (i64)p.slots * wide(p) * ROWS + ((i64)split.y * wide(p) + bh) * ROWS) * D;
+  const int y = own_position(p, split.x, split.x % p.lists * N, row, 0);
+  if (y >= p.S) return;
+  const float* partial = p.partial + (what * (i64)p.slots * wide(p) * ROWS + ((i64)split.y * wide(p) + bh) * ROWS + row) * D + col;
   const i64 step = (i64)wide(p) * ROWS * D;
-  for (int c = threadIdx.x; c < ROWS * CHUNKS; c += blockDim.x) {
-    const int row = c / CHUNKS, col = c % CHUNKS * 8, y = own_position(p, split.x, split.x % p.lists * N, row, 0);
-    if (y >= p.S) continue;
-    float sum[8] = {};
-    for (int s = 0; s < split.z; s++) {
-      const float4* part = (const float4*)(partial + s * step + row * D + col);
-      const float4 lo = part[0], hi = part[1];
-      sum[0] += lo.x; sum[1] += lo.y; sum[2] += lo.z; sum[3] += lo.w; sum[4] += hi.x; sum[5] += hi.y; sum[6] += hi.z; sum[7] += hi.w;
-    }
-    *(uint4*)(out + (i64)y * stride + col) = make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
+  float sum[8] = {};
+  #pragma unroll 8
+  for (int s = 0; s < split.z; s++) {    // several parts' loads are on their way at once
+    const float4 lo = *(const float4*)(partial + s * step), hi = *(const float4*)(partial + s * step + 4);
+    sum[0] += lo.x; sum[1] += lo.y; sum[2] += lo.z; sum[3] += lo.w; sum[4] += hi.x; sum[5] += hi.y; sum[6] += hi.z; sum[7] += hi.w;
+  }
+  *(uint4*)((what ? p.dv + b * p.dv_b + h * p.dv_h + (i64)y * p.dv_l : p.dk + b * p.dk_b + h * p.dk_h + (i64)y * p.dk_l) + col) =
+    make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
+}
+extern "C" __global__ void __launch_bounds__(256) attention_combine_columns(const __grid_constant__ Params p) {
+  const int count = 2 * p.counts[2] * wide(p) * COMBINES;    // the host only knows a bound of it
+  for (int i = blockIdx.x; i < count; i += gridDim.x) {
+    const int x = i / 2 / COMBINES, which = x / wide(p), c = i / 2 % COMBINES * 256 + threadIdx.x;
+    if (c < ROWS * CHUNKS) combine_column(p, which, x - which * wide(p), i % 2, c / CHUNKS, c % CHUNKS * 8);
   }
 }
 '''
@@ -462,8 +467,8 @@ extern "C" __global__ void __launch_bounds__(256) attention_combine_columns(cons
 FINISH = r'''
 // dQ from its integer sums: dq = sum · (row bound · column bound / 2^30) · scale. A warp has a strip of 16 queries.
 extern "C" __global__ void __launch_bounds__(256) attention_dq(const __grid_constant__ Params p) {
-  // a thread has 8 columns of a row: their sums lie in two groups of four, even and odd columns
-  const i64 at = (i64)blockIdx.x * 256 + threadIdx.x, strip = at / (16 * DT);
+  // a thread has 8 columns of a row: their sums lie in two groups of four, even and odd columns; the last heads come first, since their sums are in the L2 cache
+  const i64 at = (i64)(gridDim.x - 1 - blockIdx.x) * 256 + threadIdx.x, strip = at / (16 * DT);
   if (strip >= (i64)p.B * p.H * p.strips) return;
   const int part = at % (16 * DT), g = part % 8, half = part / 8 / DT, j = part / 8 % DT;
   const int bh = strip / p.strips, b = bh / p.H, h = bh % p.H;
@@ -509,9 +514,10 @@ AROUND_TILE = Tile(64, 64, 64, 1, 1)    # the kernels before and after have no t
 BOUND_ROWS = 256                        # keys of a thread block of the first
 
 @functools.cache
-def heads_at_once(L: int, D: int, wide: int, device: torch.device) -> int:
-    "Sequences and heads of an item that are started side by side: what they read and add to is about twice the L2 cache"
-    return max(1, min(wide, 2 * torch.cuda.get_device_properties(device).L2_cache_size // (12 * L * D)))
+def heads_at_once(L: int, D: int, N: int, wide: int, device: torch.device) -> int:
+    "Sequences and heads of an item that are started side by side: what they read and add to is about once or twice the L2 cache"
+    caches = 1 if D <= 64 and N <= 64 else 2
+    return max(1, min(wide, caches * torch.cuda.get_device_properties(device).L2_cache_size // (12 * L * D)))
 
 @functools.cache
 def backward_kernels(D: int, N: int, bf16: bool, device: torch.device) -> tuple[Tile, Kernel, list[Kernel], Kernel, Kernel]:
@@ -547,9 +553,9 @@ def cuda_backward(
     partial = rows.new_empty((2, n, D)) if n else None
     params = pack_params(
         plan, layout, scale, masks, segments is not None, q, k, v, o=o, dout=do, dq=dq, dk=dk, dv=dv, lse=lse, dlse=dlse, rows=rows, bounds=bounds,
-        dq_sum=dq_sum, partial=partial, strips=strips, heads_at_once=heads_at_once(L, D, wide, device))
+        dq_sum=dq_sum, partial=partial, strips=strips, heads_at_once=heads_at_once(L, D, N, wide, device))
     prepare(prepare_blocks(B, H, L, S, D, device), params)
     for main in mains: main(plan.max_items * wide * t.parts(N), params)
-    if n: combine(2 * plan.max_splits * wide, params)
+    if n: combine(combine_blocks(plan, 2 * wide, N, D, device), params)
     finish(-(-B * H * strips * 2 * D // 256), params)
     return tuple(map(as_given, (dq, dk, dv), given, (q, k, v)))

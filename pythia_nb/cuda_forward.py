@@ -6,7 +6,7 @@
 __all__ = ['SETTINGS', 'SHAPES', 'INSTRUCTIONS', 'WORK', 'COPY', 'PRODUCTS', 'FORWARD', 'COMBINE', 'Work', 'simulate_work',
            'simulate_rows', 'simulate_forward', 'Tile', 'forward_shared', 'forward_tiles', 'kernel_source',
            'source_hash', 'forward_hash', 'chunk_size', 'multiprocessors', 'choose_tile', 'make_plan', 'cuda_kernel',
-           'forward_kernels', 'partial_rows', 'cuda_forward', 'tflops_table', 'tries_table']
+           'forward_kernels', 'partial_rows', 'combine_blocks', 'cuda_forward', 'tflops_table', 'tries_table']
 
 # %% ../nbs/07_cuda_forward.ipynb #88e29ea2
 import functools
@@ -122,6 +122,7 @@ __device__ __forceinline__ void copy_async(u32 dst, const void* src, bool there)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(there ? 16 : 0));
 }
 __device__ __forceinline__ void copy_async(u32 dst, const void* src) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(dst), "l"(src)); }
+__device__ __forceinline__ void copy_async_8(u32 dst, const void* src, bool there) { asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" :: "r"(dst), "l"(src), "r"(there ? 8 : 0)); }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int n> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" :: "n"(n)); }
 __device__ __forceinline__ void ldmatrix(u32 (&r)[4], u32 a) {
@@ -199,18 +200,16 @@ __device__ __forceinline__ int own_position(const Params& p, int at, int first, 
   const int list = p.members[at * G + row / N];
   return list < 0 ? 0x3fff0000 : (first_row + list) * N + row % N;
 }
-// The list entries of four tiles lie in shared memory, found two tiles ahead: the position of an entry's first row in the tile (NONE after the list's end), and its bits
+// The list entries of four tiles lie in shared memory, copied two tiles ahead; after the list's end they are zeros, without bits
 constexpr int NE = N < BN ? N : BN, ENTRIES = BN / NE, NONE = -0x40000000;    // rows of a tile that belong to one entry, entries of a tile
 typedef int2 Entries[4][ENTRIES];
 __device__ __forceinline__ void find_entries(const Params& p, Entries& entries, int t, int tile, int start, int end) {
   if (threadIdx.x >= ENTRIES) return;
-  const int row = tile * BN + threadIdx.x * NE, e = start + row / N;
-  int2 entry = make_int2(NONE, 0);
-  if (e < end) { entry = __ldg(p.entries + e); entry.x = entry.x * N + row % N; }
-  entries[t & 3][threadIdx.x] = entry;
+  const int e = start + (tile * BN + threadIdx.x * NE) / N;
+  copy_async_8(smem_address(&entries[t & 3][threadIdx.x]), p.entries + (e < end ? e : start), e < end);
 }
-// Position of a row of a tile, and the bits of its entry
-__device__ __forceinline__ int2 entry_at(const Entries& entries, int t, int row) { int2 entry = entries[t & 3][row / NE]; entry.x += row % NE; return entry; }
+// Position of a row of a tile (NONE after the list's end), and the bits of its entry
+__device__ __forceinline__ int2 entry_at(const Entries& entries, int t, int row) { int2 entry = entries[t & 3][row / NE]; entry.x = NE < N || entry.y ? entry.x * N + (t * BN + row) % N : NONE; return entry; }
 // The number of keys of a sequence, and the last key that the query at a position may see (-1 where there is no such query)
 __device__ __forceinline__ int key_count(const Params& p, int b) { return p.kv_lengths ? max(0, min(p.kv_lengths[b], p.S)) : p.S; }
 __device__ __forceinline__ int last_key(const Params& p, int keys, int query) {
@@ -375,6 +374,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_forward(co
 
   __shared__ Entries entries;
   find_entries(p, entries, 0, 0, w.start, w.end); find_entries(p, entries, 1, 1, w.start, w.end);
+  commit();
   auto fetch = [&](int t) {
     const u32 dst = kv_tiles + (t & 1) * 2 * TILE;
     if constexpr (N >= BN) {
@@ -392,7 +392,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_forward(co
     if constexpr (G == 1) load_block<BM>(q_tile, q, p.q_l, p.L, w.first - p.q_start);
     else load_rows<BM>(q_tile, q, p.q_l, p.L, [&](int row) { return own_position(p, w.at, w.first, row, p.first_row) - p.q_start; });
   }
-  __syncthreads();
+  commit(); wait<1>(); __syncthreads();    // the entries are there, the queries need not be
   int2 next = entry_at(entries, 0, 0);    // a tile's only entry is read a tile ahead
   if (tiles) fetch(0);
   commit();
@@ -409,8 +409,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_forward(co
   for (int t = 0; t < tiles; t++) {
     wait<0>(); __syncthreads();                       // tile t is there, and nobody reads the other stage any more
     if (t + 1 < tiles) fetch(t + 1);
-    commit();
     find_entries(p, entries, t + 2, t + 2, w.start, w.end);
+    commit();
     if (Q_REGS && t == 0) {
       #pragma unroll
       for (int ks = 0; ks < KS; ks++)
@@ -540,32 +540,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_forward(co
 
 # %% ../nbs/07_cuda_forward.ipynb #59fa845b
 COMBINE = r'''
-// The parts of a long row together: o = sum of exp(lse_i - lse) o_i. A thread has a row and 8 of its columns; rows of a CTA's list after one another.
-extern "C" __global__ void __launch_bounds__(256) attention_combine(const __grid_constant__ Params p) {
-  constexpr int ROWS = N * G;
-  const int which = blockIdx.x / wide(p), bh = blockIdx.x % wide(p);
-  if (which >= p.counts[2]) return;
+// The parts of a long row together: o = sum of exp(lse_i - lse) o_i. A thread has a row and 8 of its columns
+constexpr int ROWS = N * G, COMBINES = (ROWS * CHUNKS + 255) / 256;    // rows of a list or group, and thread blocks that share them
+__device__ __forceinline__ void combine_row(const Params& p, int which, int bh, int row, int col) {
   const int4 split = p.splits[which];    // list, first slot, slots
   const int b = p.layout_heads > 1 ? bh : bh / p.H, h = p.layout_heads > 1 ? split.x / p.lists : bh % p.H;
-  const int first = (p.first_row + split.x % p.lists) * N;
-  for (int c = threadIdx.x; c < ROWS * CHUNKS; c += blockDim.x) {
-    const int row = c / CHUNKS, col = c % CHUNKS * 8, x = own_position(p, split.x, first, row, p.first_row) - p.q_start;
-    if (x < 0 || x >= p.L) continue;
-    auto at = [&](int s) { return ((i64)(split.y + s) * wide(p) + bh) * ROWS + row; };
-    float top = -INFINITY, sum = 0.f, o[8] = {};
-    for (int s = 0; s < split.z; s++) top = fmaxf(top, p.partial_lse[at(s)]);
-    if (top > -INFINITY)
-      for (int s = 0; s < split.z; s++) {
-        const float f = ex2((p.partial_lse[at(s)] - top) * LOG2E);
-        const float4* part = (const float4*)(p.partial + at(s) * D + col);
-        const float4 lo = part[0], hi = part[1];
-        sum += f;
-        o[0] += f * lo.x; o[1] += f * lo.y; o[2] += f * lo.z; o[3] += f * lo.w; o[4] += f * hi.x; o[5] += f * hi.y; o[6] += f * hi.z; o[7] += f * hi.w;
-      }
-    const float inverse = sum > 0.f ? 1.f / sum : 0.f;
-    uint4 out = {pack(o[0] * inverse, o[1] * inverse), pack(o[2] * inverse, o[3] * inverse), pack(o[4] * inverse, o[5] * inverse), pack(o[6] * inverse, o[7] * inverse)};
-    *(uint4*)(p.out + b * p.o_b + h * p.o_h + (i64)x * p.o_l + col) = out;
-    if (col == 0) p.lse[((i64)b * p.H + h) * p.L + x] = sum > 0.f ? top + lg2(sum) * LN2 : -INFINITY;
+  const int x = own_position(p, split.x, (p.first_row + split.x % p.lists) * N, row, p.first_row) - p.q_start;
+  if (x < 0 || x >= p.L) return;
+  auto at = [&](int s) { return ((i64)(split.y + s) * wide(p) + bh) * ROWS + row; };
+  float top = -INFINITY, sum = 0.f, o[8] = {};
+  #pragma unroll 4
+  for (int s = 0; s < split.z; s++) top = fmaxf(top, p.partial_lse[at(s)]);
+  if (top > -INFINITY)
+    #pragma unroll 4
+    for (int s = 0; s < split.z; s++) {    // several parts' loads are on their way at once
+      const float f = ex2((p.partial_lse[at(s)] - top) * LOG2E);
+      const float4* part = (const float4*)(p.partial + at(s) * D + col);
+      const float4 lo = part[0], hi = part[1];
+      sum += f;
+      o[0] += f * lo.x; o[1] += f * lo.y; o[2] += f * lo.z; o[3] += f * lo.w; o[4] += f * hi.x; o[5] += f * hi.y; o[6] += f * hi.z; o[7] += f * hi.w;
+    }
+  const float inverse = sum > 0.f ? 1.f / sum : 0.f;
+  *(uint4*)(p.out + b * p.o_b + h * p.o_h + (i64)x * p.o_l + col) =
+    make_uint4(pack(o[0] * inverse, o[1] * inverse), pack(o[2] * inverse, o[3] * inverse), pack(o[4] * inverse, o[5] * inverse), pack(o[6] * inverse, o[7] * inverse));
+  if (col == 0) p.lse[((i64)b * p.H + h) * p.L + x] = sum > 0.f ? top + lg2(sum) * LN2 : -INFINITY;
+}
+extern "C" __global__ void __launch_bounds__(256) attention_combine(const __grid_constant__ Params p) {
+  const int count = p.counts[2] * wide(p) * COMBINES;    // the host only knows a bound of it
+  for (int i = blockIdx.x; i < count; i += gridDim.x) {
+    const int x = i / COMBINES, which = x / wide(p), c = i % COMBINES * 256 + threadIdx.x;
+    if (c < ROWS * CHUNKS) combine_row(p, which, x - which * wide(p), c / CHUNKS, c % CHUNKS * 8);
   }
 }
 '''
@@ -619,9 +623,11 @@ def forward_hash() -> str:
 def chunk_size(
     visible: int,    # entries of all lists, over heads and batch
     slots: int,      # thread blocks that run at once
+    columns: bool = False,    # are the lists those of key blocks?
 ) -> int:
-    "Entries of a part: a power of two, at least 8, such that the work makes about four rounds"
-    return max(8, 1 << round(math.log2(max(visible / (4 * slots), 1))))
+    "Entries of a part: a power of two, at least 16 (for columns 8), such that the work makes about two rounds (for columns four)"
+    rounds, least = (4, 8) if columns else (2, 16)
+    return max(least, 1 << round(math.log2(max(visible / (rounds * slots), 1))))
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
@@ -634,7 +640,7 @@ def choose_tile(tiles: list[Tile], shared, D: int, device: torch.device) -> Tile
 
 def make_plan(layout: BlockLayout, columns: bool, t: Tile, wide: int, device: torch.device) -> Schedule:
     "The schedule of a layout's rows or columns for a variant; `wide` sequences and heads share a list"
-    return schedule(layout, columns, t.group(layout.block), chunk_size(layout.visible * wide, t.CTAS * multiprocessors(device)))
+    return schedule(layout, columns, t.group(layout.block), chunk_size(layout.visible * wide, t.CTAS * multiprocessors(device), columns))
 
 # %% ../nbs/07_cuda_forward.ipynb #6a428e25
 def cuda_kernel(name: str, body: str, D: int, N: int, t: Tile, bf16: bool, shared: int, device: torch.device, threads: int = 0, part: int = 3) -> Kernel:
@@ -651,6 +657,10 @@ def forward_kernels(D: int, N: int, bf16: bool, device: torch.device) -> tuple[T
 def partial_rows(plan: Schedule, wide: int, N: int) -> int:
     "Rows of the parts' results"
     return plan.max_slots * wide * plan.group * N
+
+def combine_blocks(plan: Schedule, wide: int, N: int, D: int, device: torch.device) -> int:
+    "Thread blocks that combine parts, a thread for each 8 columns of a row; not more than fit the GPU, since how many rows were split is known there only"
+    return min(plan.max_splits * wide * -(-plan.group * N * (D // 8) // 256), 8 * multiprocessors(device))
 
 # %% ../nbs/07_cuda_forward.ipynb #68c11959
 def cuda_forward(
@@ -671,7 +681,7 @@ def cuda_forward(
     params = pack_params(plan, layout, scale, masks, segments is not None,
                          q, k, v, out=o, lse=lse, partial=partial, partial_lse=partial_lse, heads_at_once=wide)
     kernel(plan.max_items * wide * t.parts(N), params)
-    if n: combine(plan.max_splits * wide, params)
+    if n: combine(combine_blocks(plan, wide, N, D, device), params)
     return as_given(o, given, q), lse
 
 # %% ../nbs/07_cuda_forward.ipynb #4d0fe3c0
