@@ -62,10 +62,10 @@ def density_limit(
     dense: Sequence[float],      # what dense attention takes at these lengths
     densities: Sequence[float],  # of the pattern at these lengths
     color: str | None = None,    # where a chart has several patterns: the pattern's own
-    label: str | None = "density limit",
+    label: str | None = "density limit",  # None: not in the legend
 ):
     "Draw what a pattern would take if hidden blocks cost nothing"
-    ax.plot(lengths, [t * d for t, d in zip(dense, densities)], **look("limit", label=label) | ({} if color is None else dict(color=color)))
+    ax.plot(lengths, [t * d for t, d in zip(dense, densities)], **look("limit", label=label or "_") | ({} if color is None else dict(color=color)))
 
 # %% ../nbs/02a_pictures.ipynb #4735ba1a
 def band(
