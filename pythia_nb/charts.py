@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .config import Table
 from .contenders import DENSE, Case, share_of_limit
-from .pictures import density_limit, length_axis, look, plain_numbers, roofline
+from .pictures import book_style, density_limit, length_axis, look, plain_numbers, roofline
 from .weights import replacing
 
 # %% ../nbs/18a_charts.ipynb #2d93c77c
@@ -160,7 +160,7 @@ def draw_charts(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     made = []
-    with plt.style.context("pythia_nb.book"):
+    with book_style():
         for name, chart, group in (("lengths", length_chart, "lengths"), ("densities", density_chart, "densities"), ("roofline", roofline_chart, "peers")):
             if not good_rows(results, group): continue
             drawn = chart(results)

@@ -6,8 +6,8 @@
 __all__ = ['quickstart_parser', 'pick_device', 'check_out', 'check_options', 'model_config', 'train_config', 'Prepared',
            'prepare', 'build_models', 'agreement', 'pattern_pictures', 'train_models', 'loss_curves', 'median',
            'compare', 'comparison_table', 'default_prompt', 'room_for_text', 'check_text', 'continuations',
-           'save_models', 'save_text', 'save_report', 'run_quickstart', 'style', 'save_figure', 'as_command',
-           'quickstart', 'generate_parser', 'run_generate', 'generate']
+           'save_models', 'save_text', 'save_report', 'run_quickstart', 'save_figure', 'as_command', 'quickstart',
+           'generate_parser', 'run_generate', 'generate']
 
 # %% ../nbs/21_cli.ipynb #ed9d06e1
 import argparse
@@ -27,6 +27,7 @@ from .data import Batches, Corpus, TokenView, read_corpus, split, tokenize, trai
 from .generate import Tokenizer, generate_text, stream
 from .layout import check_block
 from .model import Pythia
+from .pictures import book_style
 from .recipe import TrainConfig, model_density
 from .train import plot_history, train
 from .weights import fetch, replacing
@@ -271,10 +272,10 @@ def run_quickstart(args: argparse.Namespace):
     difference = agreement(models["sparse"], args.seq_len, args.block)
     if not difference < 1e-3: raise ArithmeticError(f"block-sparse attention with a dense pattern differs from dense attention by {difference:.1e}")
     print(f"     with a dense pattern both give the same logits (largest difference {difference:.1e})")
-    with style(): save_figure(pattern_pictures(args, models["sparse"]), out / "patterns.png")
+    with book_style(): save_figure(pattern_pictures(args, models["sparse"]), out / "patterns.png")
     print(f"3/5  training both for {args.steps} steps of {args.batch_size} x {args.seq_len} tokens", flush=True)
     histories = train_models(models, prepared, args, out)
-    with style(): save_figure(loss_curves(histories), out / "loss.png")
+    with book_style(): save_figure(loss_curves(histories), out / "loss.png")
     rows = compare(models, histories, args)
     print(f"4/5  comparison\n\n{comparison_table(rows)}\n", flush=True)
     save_models(models, prepared.tokenizer, out)
@@ -284,11 +285,6 @@ def run_quickstart(args: argparse.Namespace):
     save_report(rows, texts, histories, prepared, args, out)
     print(f"\npatterns.png, loss.png, report.md, logs and models are in {out}; continue a text with\n"
           f"    pythia_generate {out / 'sparse' / 'model'} --prompt 'def '")
-
-def style():
-    "The look of the book's charts, for what is drawn inside it"
-    import matplotlib.pyplot as plt
-    return plt.style.context("pythia_nb.book")
 
 def save_figure(figure, path: Path):
     "Save a figure whole or not at all, and close it"

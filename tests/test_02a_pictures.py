@@ -2,7 +2,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 from pathlib import Path
-from pythia_nb.pictures import BLOCKS, CYCLE, GREY, band, density_limit, length_axis, look, roofline
+from pythia_nb.pictures import BLOCKS, CYCLE, GREY, band, book_style, density_limit, length_axis, look, roofline
 
 
 BLINDNESS = {
@@ -39,10 +39,14 @@ def test_colours_are_safe():
     assert nearest(["#AA4499", "#56799A"], BLINDNESS["no green cones"]) < 1    # two that look apart to most: the test can fail
 
 
+def test_the_explorer_has_the_books_colours():
+    script = (Path(__file__).parent.parent / "nbs/assets/explorer.js").read_text()
+    assert all(BLOCKS[kind].lower() in script for kind in ("hidden", "partial", "full", "edge"))
+
 def test_the_style_has_the_books_colours():
-    import pythia_nb
-    style = (Path(pythia_nb.__file__).parent / "book.mplstyle").read_text()
-    assert f'cycler("color", [{", ".join(repr(c[1:]) for c in CYCLE)}])'.replace("'", '"') in style
+    plt.rcdefaults()
+    with book_style(): cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    assert [colour.lstrip("#") for colour in cycle] == [colour.lstrip("#") for colour in CYCLE] != plt.rcParams["axes.prop_cycle"].by_key()["color"]
 
 
 def test_helpers_draw_what_they_are_given():
