@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PROCESSORS', 'Site', 'site_parts', 'read_site', 'kernel_text', 'PythonWithCuda', 'show_kernels', 'cell_options',
            'code_cell', 'head_cell', 'page_cells', 'page', 'navigation', 'page_names', 'write_pages', 'add_mathjax',
-           'theme_options', 'sphinx_settings', 'mend_signatures', 'mend_page', 'setup', 'render', 'build_site']
+           'theme_options', 'sphinx_settings', 'mend_signatures', 'link_pictures', 'mend_page', 'setup', 'render',
+           'build_site']
 
 # %% ../nbs/24_docs.ipynb #35996994
 import importlib.metadata
@@ -286,9 +287,15 @@ def mend_signatures(
         return text.replace("</dd>", "</span>").replace("</dl>", "</span>")
     return re.sub(r'<dt class="sig.*?</dt>', lines, html, flags=re.DOTALL)
 
+def link_pictures(
+    html,  # of a page
+) -> str:
+    "Let a chart lead to its file, where it can be seen in full size: on a phone a wide one is small"
+    return re.sub(r'<img [^>]*src="(_images/[^"]+\.png)"[^>]*>', r'<a class="picture" href="\1">\g<0></a>', html)
+
 def mend_page(app, page_name, template, context, doctree):
     "Called by Sphinx before a page is written"
-    if "body" in context: context["body"] = mend_signatures(context["body"]).replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
+    if "body" in context: context["body"] = link_pictures(mend_signatures(context["body"])).replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
     tree = context.get("furo_navigation_tree", "")
     context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')
 
