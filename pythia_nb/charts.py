@@ -77,7 +77,7 @@ def length_chart(
 ):
     "Time and memory against length, with the dense contenders and the density limits; returns the figure"
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4))
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4))
     rows, values = by_length(results, pattern), (("forward_ms", total_ms), ("training_memory", lambda r: r["training_memory"] / 1e6))
     for (name, own), (ax, (key, value)) in product(rows.items(), zip(axes, values)):
         own = [r for r in own if key in r]
@@ -92,7 +92,7 @@ def length_chart(
         length_axis(ax, [r["L"] for own in rows.values() for r in own])
         ax.set(yscale="log", ylabel=f"{unit} for one sequence", title=f"{what}, forward and backward")
         plain_numbers(ax.yaxis)
-    axes[0].legend(fontsize=8)
+    axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
     fig.supxlabel(f"{results['about']['device']}, {results['about']['dtype']}, 8 heads of 64", fontsize=9)
     return fig
 
@@ -103,15 +103,15 @@ def density_chart(results: dict):
     rows = good_rows(results, "densities")
     ours = sorted((r["density"], total_ms(r)) for r in rows if r["name"] == "pythia_nb")
     dense = [r for r in rows if r["name"] in DENSE and "backward_ms" in r]
-    ax = plt.subplots()[1]
+    ax = plt.subplots(figsize=(8.5, 3.6))[1]
     ax.plot([d * 100 for d, _ in ours], [t for _, t in ours], **look("pythia_nb", label="pythia_nb, sliding windows"))
-    for r in dense: ax.axhline(total_ms(r), **look(r["name"], label=f"{r['name']}, dense") | dict(marker=None))
+    for r in dense: ax.axhline(total_ms(r), **look(r["name"], label="dense, scores stored" if r["name"] == "dense" else f"{r['name']}, dense") | dict(marker=None))
     if dense: density_limit(ax, [d * 100 for d, _ in ours], [min(map(total_ms, dense))] * len(ours), [d for d, _ in ours])
     point = break_even(results)
     if point: ax.set_title(f"Break-even with {point[1]} at density {point[0]:.0%}" if point[0] <= 1 else f"Faster than {point[1]} at every measured density, up to {ours[-1][0]:.0%}")
     ax.set(xscale="log", yscale="log", xlabel="density, %", ylabel="ms, forward and backward")
     for axis in (ax.xaxis, ax.yaxis): plain_numbers(axis)
-    ax.legend()
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
     return ax
 
 # %% ../nbs/18a_charts.ipynb #f5f7ffbb
