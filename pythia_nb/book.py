@@ -451,12 +451,13 @@ def with_outputs(
     nb,  # a notebook
     old,  # text of an earlier version
 ):
-    "Give the cells of `nb` the outputs that the same sources have in `old`, in order"
+    "Give the cells of `nb` the outputs that the same code has in `old`, in order; lines with options don't count"
+    def code(source): return re.sub(r"(?m)^#\|.*\n?", "", "".join(source)).strip()
     have = {}
     for cell in json.loads(old)["cells"] if old else []:
-        if cell["cell_type"] == "code": have.setdefault("".join(cell["source"]), []).append(cell["outputs"])
+        if cell["cell_type"] == "code": have.setdefault(code(cell["source"]), []).append(cell["outputs"])
     for cell in nb.cells:
-        if cell.cell_type == "code" and have.get(cell.source): cell.outputs = have[cell.source].pop(0)
+        if cell.cell_type == "code" and have.get(code(cell.source)): cell.outputs = have[code(cell.source)].pop(0)
     return nb
 
 # %% ../nbs/22_book.ipynb #147161ab

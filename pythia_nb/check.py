@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ONE_NOTEBOOK', 'PROCESS_DOCS', 'skipped_by', 'show_progress', 'private_kernel', 'run_chapter', 'counted',
            'find_notebooks', 'Tested', 'try_notebook', 'try_notebooks', 'table', 'source_traps', 'title_trap',
-           'storage_traps', 'lint', 'undocumented', 'listed_chapters', 'sidebar_problems', 'site_problems',
-           'docs_problems', 'file_problems', 'check', 'docs', 'parser', 'asked_flags', 'do_run', 'do_test', 'main']
+           'storage_traps', 'picture_traps', 'lint', 'undocumented', 'listed_chapters', 'sidebar_problems',
+           'site_problems', 'docs_problems', 'file_problems', 'check', 'docs', 'parser', 'asked_flags', 'do_run',
+           'do_test', 'main']
 
 # %% ../nbs/23_check.ipynb #71d29ea7
 import argparse
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .book import (
-    Book, BookError, body, build, clean_env, cleaned, copied, differences, find_book, is_exported, made_files,
+    Book, BookError, body, build, clean_env, cleaned, copied, differences, find_book, is_exported, made_files, option,
     read_chapter, run_python, unclean, write_whole)
 
 try:
@@ -232,6 +233,18 @@ def storage_traps(
     if draws and not any(c["outputs"] for c in code): found.append("it draws, and has no outputs; use pythia_book run")
     return found
 
+# %% ../nbs/23_check.ipynb #949682c6
+def picture_traps(
+    cell,
+) -> list[str]:
+    "Pictures in a cell that have no alternative text"
+    if cell.cell_type == "markdown":
+        found = re.findall(r"!\[\s*\]\([^)]*\)|<img(?![^>]*\balt=[\"'][^\"'])[^>]*>", cell.source)
+        return [f"a picture without alternative text: {text[:50]}" for text in found]
+    if cell.cell_type != "code" or "hide" in cell.directives_ or option(cell, "fig-alt"): return []
+    draws = any(kind.startswith("image/") for o in cell.get("outputs", []) for kind in o.get("data", {}))
+    return ['a picture without alternative text; begin the cell with #| fig-alt: "what it shows"'] * draws
+
 # %% ../nbs/23_check.ipynb #be6e5557
 def lint(
     book: Book,
@@ -244,6 +257,7 @@ def lint(
         whole += [trap for cell in chapter.cells[:1] for trap in title_trap(cell)]
         found += [f"{path.name}: {trap}" for trap in whole]
         found += [f"{chapter.where(c)}: {trap}" for c in chapter.code for trap in source_traps(c, book.flags)]
+        found += [f"{chapter.where(c)}: {trap}" for c in chapter.cells for trap in picture_traps(c)]
     return found
 
 # %% ../nbs/23_check.ipynb #398275dd

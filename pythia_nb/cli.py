@@ -27,6 +27,7 @@ from .data import Batches, Corpus, TokenView, read_corpus, split, tokenize, trai
 from .generate import Tokenizer, generate_text, stream
 from .layout import check_block
 from .model import Pythia
+from .pictures import book_style
 from .recipe import TrainConfig, model_density
 from .train import plot_history, train
 from .weights import fetch, replacing
@@ -271,10 +272,10 @@ def run_quickstart(args: argparse.Namespace):
     difference = agreement(models["sparse"], args.seq_len, args.block)
     if not difference < 1e-3: raise ArithmeticError(f"block-sparse attention with a dense pattern differs from dense attention by {difference:.1e}")
     print(f"     with a dense pattern both give the same logits (largest difference {difference:.1e})")
-    save_figure(pattern_pictures(args, models["sparse"]), out / "patterns.png")
+    with book_style(): save_figure(pattern_pictures(args, models["sparse"]), out / "patterns.png")
     print(f"3/5  training both for {args.steps} steps of {args.batch_size} x {args.seq_len} tokens", flush=True)
     histories = train_models(models, prepared, args, out)
-    save_figure(loss_curves(histories), out / "loss.png")
+    with book_style(): save_figure(loss_curves(histories), out / "loss.png")
     rows = compare(models, histories, args)
     print(f"4/5  comparison\n\n{comparison_table(rows)}\n", flush=True)
     save_models(models, prepared.tokenizer, out)

@@ -15,6 +15,7 @@ from . import patterns as P
 from .config import Table
 from .layout import BlockLayout
 from .patterns import Pattern
+from .pictures import BLOCKS
 
 # %% ../nbs/04a_explorer.ipynb #b33bb734
 def costs(
@@ -80,7 +81,7 @@ def draw_walk(
     steps, shown = walk(scores, cols, layout.block), layout.codes()[0].clamp(max=1)
     m, l = steps[-1]
     fig, axes = plt.subplots(1, len(cols), figsize=(1.7 * len(cols), 2.5))
-    colours = ListedColormap(["#ECEFF1", "#C9D3DB", "#A6D3F0", "#0072B2", "#D55E00"])    # hidden, other rows, to come, read, now
+    colours = ListedColormap([BLOCKS[k] for k in ("hidden", "other", "later", "read", "now")])
     for step, ax in enumerate(axes):
         picture = shown.clone()
         for at, j in enumerate(cols): picture[row, j] = 2 + (at < step) + 2 * (at == step)

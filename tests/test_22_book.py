@@ -57,7 +57,7 @@ def test_demo_refuses(tmp_path, cell, message):
 def test_demo_outputs_follow_their_source():
     old = new_nb([mk_cell("a", id="1"), mk_cell("b", id="2")])
     old.cells[0].outputs = [{"output_type": "stream", "name": "stdout", "text": ["A"]}]
-    nb = with_outputs(new_nb([mk_cell("b", id="3"), mk_cell("a", id="4"), mk_cell("a", id="5")]), nb2str(old))
+    nb = with_outputs(new_nb([mk_cell("b", id="3"), mk_cell("#| fig-alt: \"A\"\na", id="4"), mk_cell("a", id="5")]), nb2str(old))
     assert [bool(c.outputs) for c in nb.cells] == [False, True, False]
 
 

@@ -5,7 +5,9 @@ from collections import Counter
 from execnb.nbio import mk_cell, new_nb
 from nbdev.process import NBProcessor
 from pythia_nb.book import AREA, BookError, build, copied, read_chapter, small_book, unclean, write_whole
-from pythia_nb.check import check, docs_problems, lint, run_chapter, skipped_by, source_traps, try_notebook
+from pythia_nb.check import (
+    check, docs_problems, lint, picture_traps, run_chapter, skipped_by, source_traps, try_notebook,
+)
 
 
 def test_runner_keeps_outputs_of_skipped_cells_and_leaves_failures_alone(tmp_path):
@@ -71,6 +73,24 @@ def test_source_stored_as_one_string(tmp_path):
     write_whole(book.nbs / "index.ipynb", json.dumps(nb))
     assert lint(book) == ["index.ipynb: cell 4: its source is one string, not a list of lines"]
     assert list(unclean(book)) == ["nbs/index.ipynb"]
+
+
+PICTURE = {"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"}, "metadata": {}}
+
+@pytest.mark.parametrize("source, silent", [("plot()", True), ('#| fig-alt: ""\nplot()', True), ('#| fig-alt: "A line that falls"\nplot()', False), ("#| hide\nplot()", False)])
+def test_a_picture_needs_a_text(source, silent):
+    assert bool(picture_traps(code_cell(source, PICTURE))) == silent and picture_traps(code_cell(source)) == []
+
+def test_a_picture_in_text_needs_one_too():
+    for text, silent in (("![](a.png)", True), ("![A line](a.png)", False), ('<img src="a.png">', True), ('<img src="a.png" alt="A line">', False), ("no picture", False)):
+        assert bool(picture_traps(mk_cell(text, "markdown"))) == silent
+
+def test_lint_looks_at_pictures(tmp_path):
+    book = small_book(tmp_path / "b")
+    nb = json.loads((book.nbs / "00_area.ipynb").read_text())
+    nb["cells"][-1]["outputs"] = [PICTURE]
+    write_whole(book.nbs / "00_area.ipynb", json.dumps(nb))
+    assert [line.partition(": ")[2] for line in lint(book)] == ['a picture without alternative text; begin the cell with #| fig-alt: "what it shows"']
 
 
 def test_check_names_what_is_wrong(tmp_path):

@@ -1,6 +1,6 @@
-"Tests of 24_docs. Generated from nbs/24_docs.ipynb: edit that, then run pythia_book build."
+"Tests of 23a_signatures. Generated from nbs/23a_signatures.ipynb: edit that, then run pythia_book build."
 import ast
-from pythia_nb.docs import Definition, Linker, entry
+from pythia_nb.signatures import Definition, Linker, entry
 
 
 def test_entry_of_a_class():
