@@ -415,13 +415,22 @@ def demo_cell(
     return mk_cell(source, kind, id=cell_id)
 
 # %% ../nbs/22_book.ipynb #d41c8566
-INSTALL = """# Where the package is not installed yet, as on a fresh hosted notebook, this installs it
+INSTALL = """# Where the package is not there, as on a fresh hosted notebook, this installs it beside the PyTorch that is there, and CuPy for a GPU
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
+if importlib.util.find_spec("{package}") is None and Path("../{package}/__init__.py").exists(): sys.path.insert(0, "..")    # a clone
 if importlib.util.find_spec("{package}") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+{url}"], check=True)"""
+    wanted = ["git+{url}"]
+    if importlib.util.find_spec("torch"):
+        import torch
+        wanted.append("torch==" + torch.__version__)    # pip must not take another one
+        if torch.version.cuda and torch.cuda.is_available() and importlib.util.find_spec("cupy") is None:
+            wanted.append(f"cupy-cuda{{torch.version.cuda.split('.')[0]}}x")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *wanted], check=True)
+    importlib.invalidate_caches()"""
 
 # %% ../nbs/22_book.ipynb #f08a830a
 def demo_notebook(

@@ -28,7 +28,7 @@ from .generate import Tokenizer, generate_text, stream
 from .layout import check_block
 from .model import Pythia
 from .pictures import book_style
-from .recipe import TrainConfig, model_density
+from .recipe import TrainConfig, model_density, usual_dtype
 from .train import plot_history, train
 from .weights import fetch, replacing
 
@@ -94,8 +94,7 @@ def model_config(args: argparse.Namespace) -> PythiaConfig:
 
 def train_config(args: argparse.Namespace, out) -> TrainConfig:
     "The training run that the options describe"
-    every = max(1, args.steps // 6)
-    dtype = "bfloat16" if pick_device(args.device).type == "cuda" else "float32"    # the CUDA kernels take 16-bit numbers
+    every, dtype = max(1, args.steps // 6), usual_dtype(pick_device(args.device))
     return TrainConfig(steps=args.steps, batch_size=args.batch_size, seq_len=args.seq_len, lr=args.lr, warmup=0.1, seed=args.seed, dtype=dtype,
                        eval_every=every, eval_batches=8, out=None if out is None else str(out), save_every=args.steps, keep=1)
 

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONTENDERS', 'DENSE', 'TOLERANCE', 'checked', 'Case', 'window_of', 'case_pattern', 'materialised', 'sdpa', 'ours',
-           'packed', 'flex', 'fa4', 'flashinfer', 'available', 'off_by', 'problem', 'check_small', 'check_rows',
-           'wake_threads', 'median_ms', 'quiet_stderr', 'peak_memory', 'measure_limits', 'theory', 'share_of_limit',
-           'fits', 'check_once', 'measure_attention', 'measure_model']
+           'packed', 'causal_pairs', 'compiled_flex', 'flex', 'fa4', 'flashinfer', 'installed', 'available', 'off_by',
+           'problem', 'check_small', 'check_rows', 'wake_threads', 'clock_ms', 'median_ms', 'quiet_stderr',
+           'peak_memory', 'measure_limits', 'theory', 'share_of_limit', 'fits', 'check_once', 'measure_backward',
+           'measure_attention', 'measure_model']
 
 # %% ../nbs/18_contenders.ipynb #500fc0ec
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -18,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -32,7 +34,7 @@ from .comparison import materialised_attention
 from .config import PythiaConfig
 from .layout import BlockLayout
 from .model import Pythia
-from .recipe import TrainConfig, make_optimizer, train_step
+from .recipe import TrainConfig, make_optimizer, train_step, usual_dtype
 from .reference import attention_oracle
 
 # %% ../nbs/18_contenders.ipynb #a1673cc3
@@ -41,7 +43,7 @@ class Case:
     "One measurement"
     group: str          # what it is for: peers, lengths, patterns, blocks, densities, model
     name: str           # who computes: pythia_nb, dense, cudnn, flash, efficient, math, flex, fa4, flashinfer
-    pattern: str        # of `case_layout`
+    pattern: str        # of `case_pattern`
     L: int              # tokens of a sequence
     block: int = 64     # tokens in a block
     B: int = 1          # sequences
@@ -72,6 +74,8 @@ def case_pattern(
     "The pattern that a case names"
     n = -(-L // block)
     if name.startswith("density:"): return P.local(window_of(float(name[8:]) / 100, n))
+    if name == "documents": return P.document(torch.arange(L) * 4 // L)
+    if name == "per_head": return P.per_head([P.local(4), P.strided(8)] * 4)
     named = dict(local=P.local(max(1, 1024 // block)), strided=P.local(2) | P.strided(max(1, n // 8)), bigbird=P.bigbird(3, 2, 3))
     return named.get(name) or P.parse(name)
 
@@ -108,15 +112,26 @@ def packed(
     index[row, at] = items[keep].int()
     return count.int()[None, None], index[None, None]
 
+def causal_pairs(b, h, i, j):
+    "FlexAttention's mask inside a block; one function for all layouts, since another one would be compiled anew"
+    return i >= j
+
+@functools.cache
+def compiled_flex() -> Callable:
+    "FlexAttention, compiled once for each shape"
+    from torch.nn.attention.flex_attention import flex_attention
+    config = torch._dynamo.config
+    setattr(config, "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit", 256)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)    # without fullgraph it falls back to an unfused path, silently, at the limit
+
 def flex(case: Case, layout: BlockLayout) -> Callable:
     "FlexAttention, compiled, with the same block lists"
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-    torch._dynamo.reset()    # it would fall back to an unfused path, silently, after a few recompilations
+    from torch.nn.attention.flex_attention import BlockMask
+    compiled = compiled_flex()
     row = torch.repeat_interleave(torch.arange(layout.nQ, device=layout.device), layout.row_ptr.diff().long())
     diagonal = row == layout.row_cols
     lists = *packed(layout.row_ptr, layout.row_cols, diagonal, layout.nQ), *packed(layout.row_ptr, layout.row_cols, ~diagonal, layout.nQ)
-    mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=case.block, mask_mod=lambda b, h, i, j: i >= j, seq_lengths=(case.L, case.L))
-    compiled = torch.compile(flex_attention, dynamic=False)
+    mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=case.block, mask_mod=causal_pairs, seq_lengths=(case.L, case.L))
     tiles = {} if case.block >= 128 or layout.device.type == "cpu" else dict(BLOCK_M=case.block, BLOCK_N=case.block)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, kernel_options=tiles)
 
@@ -125,7 +140,7 @@ def fa4(case: Case, layout: BlockLayout) -> Callable:
     "FlashAttention-4, dense and causal"
     from flash_attn.cute import flash_attn_func
     def attention(q, k, v):
-        out = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=True)
+        out = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=True)    # it wants [B, L, H, D]
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
     return attention
 
@@ -133,7 +148,9 @@ def flashinfer(case: Case, layout: BlockLayout) -> Callable:
     "flashinfer's attention of one sequence, dense and causal; it has no gradients"
     from flashinfer import single_prefill_with_kv_cache
     if case.B > 1: raise ValueError("flashinfer takes one sequence at a time")
-    return lambda q, k, v: single_prefill_with_kv_cache(*(t[0].transpose(0, 1) for t in (q, k, v)), causal=True).transpose(0, 1)[None]
+    def attention(q, k, v):    # queries are [L, H, D]; HND: keys and values stay [H, L, D]
+        return single_prefill_with_kv_cache(q[0].transpose(0, 1), k[0], v[0], causal=True, kv_layout="HND").transpose(0, 1)[None]
+    return attention
 
 # %% ../nbs/18_contenders.ipynb #837a8b11
 CONTENDERS = {"pythia_nb": ours("auto"), "pythia_nb torch": ours("torch"), "dense": materialised, "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
@@ -141,14 +158,19 @@ CONTENDERS = {"pythia_nb": ours("auto"), "pythia_nb torch": ours("torch"), "dens
               "flex": flex, "fa4": fa4, "flashinfer": flashinfer}
 DENSE = ("dense", "cudnn", "flash", "efficient", "math", "fa4", "flashinfer")    # they know no pattern
 
+def installed(
+    module: str,  # with dots
+) -> bool:
+    "Can a module be found?"
+    try: return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError: return False    # not even the package it is in
+
 def available(
     device: str,  # cpu or cuda
 ) -> list[str]:
     "The contenders that can take part on a device"
     names = ["pythia_nb", "pythia_nb torch", "dense", "flash", "math", "flex"]
-    if device == "cuda":
-        names += ["cudnn", "efficient"]
-        names += [n for n, module in (("fa4", "flash_attn"), ("flashinfer", "flashinfer")) if importlib.util.find_spec(module)]
+    if device == "cuda": names += ["cudnn", "efficient"] + [n for n, module in (("fa4", "flash_attn.cute"), ("flashinfer", "flashinfer")) if installed(module)]
     return names
 
 # %% ../nbs/18_contenders.ipynb #00c1df71
@@ -179,8 +201,7 @@ def check_small(
     gradients: bool = True,  # does it have any?
 ) -> float:
     "Compare a contender with the oracle on 512 tokens, gradients too; gives the largest error, raises AssertionError"
-    import dataclasses
-    small = dataclasses.replace(case, L=512, B=1, H=2)
+    small = replace(case, L=512, B=1)
     layout = case_pattern(case.pattern, 512, case.block).layout(512, block=case.block, device=device)
     qkv, do = problem(small, device)
     exact_in = [t.detach().double().requires_grad_() for t in qkv]
@@ -205,7 +226,7 @@ def check_rows(
     q, k, v = (t.detach()[-1:, -1:] for t in qkv)
     L, worst = q.shape[2], 0.0
     for i in torch.linspace(0, L - 1, rows).long().tolist():
-        cols = layout.row(i // layout.block).long()
+        cols = layout.row(i // layout.block, layout.heads - 1).long()
         keys = (cols[:, None] * layout.block + torch.arange(layout.block, device=cols.device)).flatten()
         keys = keys[keys <= i]
         p = (q[0, 0, i].double() @ k[0, 0, keys].double().T * q.shape[3]**-0.5).softmax(-1)
@@ -224,25 +245,30 @@ def wake_threads(
         for _ in range(4): x @ x
         if time.process_time() - cpu > 0.9 * torch.get_num_threads() * (time.perf_counter() - wall): return
 
+def clock_ms(
+    fn: Callable,
+    device: str,
+) -> float:
+    "Milliseconds of one call, by the clock"
+    if device == "cuda": torch.cuda.synchronize()
+    start = time.perf_counter()
+    fn()
+    if device == "cuda": torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
 def median_ms(
     fn: Callable,
     device: str,
     seconds: float = 0.4,  # to spend, at least three calls
 ) -> float:
     "Median milliseconds of a call"
-    if device == "cuda":
-        try: from triton.testing import do_bench
-        except ModuleNotFoundError: pass
-        else: return do_bench(fn, warmup=50, rep=int(seconds * 500), return_mode="median")
     if device == "cpu": wake_threads()
-    fn()
+    fn()    # what is made at a first call is not timed
+    if device == "cuda" and installed("triton") and clock_ms(fn, device) < 50:    # do_bench calls eight times at least, too often for a slow one
+        from triton.testing import do_bench
+        return do_bench(fn, warmup=50, rep=int(seconds * 500), return_mode="median")
     times, start = [], time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - start < seconds and len(times) < 100:
-        if device == "cuda": torch.cuda.synchronize()
-        t = time.perf_counter()
-        fn()
-        if device == "cuda": torch.cuda.synchronize()
-        times.append((time.perf_counter() - t) * 1e3)
+    while len(times) < 3 or time.perf_counter() - start < seconds and len(times) < 100: times.append(clock_ms(fn, device))
     return statistics.median(times)
 
 @contextlib.contextmanager
@@ -335,6 +361,16 @@ def check_once(
             checked[key] = check_small(case, device, gradients=False) is None
     return checked[key]
 
+def measure_backward(
+    attention: Callable, qkv: list, do: Tensor, device: str,
+    seconds: float,  # for the timing
+) -> dict:
+    "Time of the backward pass alone, memory of both"
+    o = attention(*qkv)
+    row = dict(backward_ms=median_ms(lambda: torch.autograd.grad(o, qkv, do, retain_graph=True), device, seconds))
+    del o
+    return row | dict(training_memory=peak_memory(lambda: torch.autograd.grad(attention(*qkv), qkv, do), device))
+
 def measure_attention(
     case: Case,
     device: str,
@@ -351,12 +387,8 @@ def measure_attention(
         row["error"] = check_rows(attention(*qkv), qkv, layout, case.dtype)
         row["forward_ms"] = median_ms(lambda: attention(*qkv), device, seconds)
         row["forward_memory"] = peak_memory(lambda: attention(*qkv), device)
-    if grads:
-        o = attention(*qkv)
-        row["backward_ms"] = median_ms(lambda: torch.autograd.grad(o, qkv, do, retain_graph=True), device, seconds)
-        del o
-        row["training_memory"] = peak_memory(lambda: torch.autograd.grad(attention(*qkv), qkv, do), device)
-    return row
+    try: return row | (measure_backward(attention, qkv, do, device, seconds) if grads else {})
+    except torch.OutOfMemoryError: return row | dict(no_backward="out of memory")    # what the forward pass took is kept
 
 # %% ../nbs/18_contenders.ipynb #e4be41d7
 def measure_model(

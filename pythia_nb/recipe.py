@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'PEAK_FLOPS', 'TrainConfig', 'falling', 'lr_at', 'make_optimizer', 'Alone', 'make_scaler', 'batch_loss',
-           'gradients', 'train_step', 'prepare_model', 'pattern_at', 'evaluate', 'peak_flops', 'model_density']
+           'gradients', 'train_step', 'prepare_model', 'pattern_at', 'evaluate', 'peak_flops', 'usual_dtype',
+           'model_density']
 
 # %% ../nbs/14c_recipe.ipynb #1b24ed4a
 import math
@@ -252,6 +253,14 @@ def peak_flops(
     if device.type != "cuda": return None
     name = torch.cuda.get_device_name(device)
     return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+# %% ../nbs/14c_recipe.ipynb #318b4fc8
+def usual_dtype(
+    device:torch.device,
+) -> str: # "float32", "bfloat16" or "float16"
+    "What one computes in on a device; GPUs before Ampere have no bfloat16"
+    if device.type != "cuda": return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
 
 # %% ../nbs/14c_recipe.ipynb #fbb2c974
 def model_density(

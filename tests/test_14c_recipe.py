@@ -9,6 +9,7 @@ from pythia_nb.data import Batches, write_tokens
 from pythia_nb.model import Pythia
 from pythia_nb.recipe import (
     CHOICES, TrainConfig, batch_loss, evaluate, lr_at, make_optimizer, make_scaler, prepare_model, train_step,
+    usual_dtype,
 )
 from torch import nn
 
@@ -166,3 +167,9 @@ def test_evaluate(tmp_path):
     model.train()
     assert evaluate(model, batches, 2) == evaluate(model, batches, 2) and model.training
     assert evaluate(model, batches, 10**6) == result
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_the_usual_dtype_is_one_that_the_device_has(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert usual_dtype(torch.device("cuda")) == dtype and usual_dtype(torch.device("cpu")) == "float32"

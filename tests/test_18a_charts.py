@@ -26,8 +26,8 @@ def test_charts_draw_what_was_measured():
 
 def test_report_and_files(tmp_path):
     results = made_up_results()
-    results["rows"].append(Case("peers", "fa4", "dense", 8).__dict__ | dict(failed="no such thing"))
+    results["rows"] += [Case("peers", "fa4", "dense", 8).__dict__ | dict(failed="no such thing"), results["rows"][0] | dict(no_backward="out of memory")]
     text = report(results)
-    assert "made up" in text and "no such thing" in text and text.count("| pythia_nb |") == 5
+    assert "made up" in text and "no such thing" in text and "backward out of memory" in text and text.count("| pythia_nb |") == 5
     assert draw_charts(results, tmp_path) == ["lengths.png", "densities.png", "roofline.png"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["densities.png", "lengths.png", "roofline.png"]

@@ -1,7 +1,10 @@
 "Tests of 18b_benchmark. Generated from nbs/18b_benchmark.ipynb: edit that, then run pythia_book build."
 import json
+import os
 import pytest
-from pythia_nb.benchmark import measure, run
+import torch
+from concurrent.futures.process import BrokenProcessPool
+from pythia_nb.benchmark import compile_ahead, measure, run
 from pythia_nb.contenders import CONTENDERS, Case
 
 
@@ -21,6 +24,26 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch):
     results = run(tmp_path / "r.json", "cpu", "float32", True, say=lambda text: None)
     assert calls == [128, 256, 256, 512] and [r["L"] for r in results["rows"]] == [128, 256, 512] and list(tmp_path.iterdir()) == [tmp_path / "r.json"]
     with pytest.raises(ValueError, match="move this one away"): run(tmp_path / "r.json", "cpu", "bfloat16", True)
+
+
+def test_compiling_ahead_is_shared_out_and_may_fail(monkeypatch):
+    class Pool:
+        def __init__(self, workers, context): self.workers, self.method = workers, context.get_start_method()
+        def __enter__(self): return self
+        def __exit__(self, *err): return False
+        def map(self, fn, cases):
+            done.append((self.workers, self.method, fn.__name__, [c.name for c in cases]))
+            if broken: raise BrokenProcessPool
+            return []
+    cases, done, said = [Case("peers", n, "local", L) for n in ("pythia_nb", "flex", "flash") for L in (2048, 8192)], [], []
+    monkeypatch.setitem(compile_ahead.__globals__, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for broken in (False, True): compile_ahead(cases, said.append)
+    assert done == [(3, "spawn", "compile_case", ["flex", "flex", "pythia_nb"])] * 2 and "broke off" in said[1]
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    compile_ahead(cases, said.append)
+    assert len(done) == 2    # with one core each is compiled where it is needed
 
 
 def test_a_wrong_contender_is_not_timed(monkeypatch):

@@ -1,10 +1,15 @@
 "Tests of 22_book. Generated from nbs/22_book.ipynb: edit that, then run pythia_book build."
+import importlib.util
 import json
 import pytest
+import subprocess
+import sys
+import types
 from execnb.nbio import mk_cell, nb2str, new_nb
 from nbdev.process import NBProcessor
 from pythia_nb.book import (
-    AREA, BookError, TRAIN, copied, demo_notebook, free_names, pytest_files, readme_cell, small_book, with_outputs,
+    AREA, BookError, INSTALL, TRAIN, copied, demo_notebook, free_names, pytest_files, readme_cell, small_book,
+    with_outputs,
 )
 
 
@@ -44,6 +49,33 @@ def test_demo_imports_keeps_flags_and_order(tmp_path):
     assert sources[1] == "import tiny.train\nfrom tiny.area import circle"
     assert sources[2:] == ["area = circle(1.0)\narea", "#| slow\nlosses = [circle(r) for r in (3, 2, 1)]"]
     assert len({c["id"] for c in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("there, cuda, wanted", [
+    ({"tiny", "torch"}, "13.0", None),
+    ({"torch"}, "13.0", ["git+https://x", "torch==2.11.0+cu130", "cupy-cuda13x"]),
+    ({"torch"}, "12.6", ["git+https://x", "torch==2.11.0+cu130", "cupy-cuda12x"]),
+    ({"torch", "cupy"}, "13.0", ["git+https://x", "torch==2.11.0+cu130"]),
+    ({"torch"}, None, ["git+https://x", "torch==2.11.0+cu130"]),
+    (set(), None, ["git+https://x"])])
+def test_demo_installs_what_is_missing(tmp_path, monkeypatch, there, cuda, wanted):
+    calls, gpu = [], types.SimpleNamespace(is_available=lambda: cuda is not None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: calls.append(command))
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__version__="2.11.0+cu130", version=types.SimpleNamespace(cuda=cuda), cuda=gpu))
+    monkeypatch.chdir(tmp_path)
+    exec(INSTALL.format(package="tiny", url="https://x"), {})
+    assert calls == ([] if wanted is None else [[sys.executable, "-m", "pip", "install", "-q", *wanted]])
+
+
+def test_demo_uses_the_clone_it_is_in(tmp_path, monkeypatch):
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "tinyclone").mkdir()
+    (tmp_path / "tinyclone" / "__init__.py").write_text("")
+    monkeypatch.chdir(tmp_path / "nbs")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("pip was started in a clone"))
+    exec(INSTALL.format(package="tinyclone", url="https://x"), {})
 
 
 @pytest.mark.parametrize("cell, message", [
