@@ -165,6 +165,15 @@ def test_only_who_watches_gets_an_operator():
     assert not any("::attention_" in event.key for event in seen.key_averages())
     assert "attention_forward" in make_fx(loss)(*[t.detach() for t in leaves]).code
 
+def test_a_tensor_that_outlived_its_transform():
+    kept, layout = [], P.local(2).layout(40, block=16)
+    q, k = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16, requires_grad=True)
+    torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(q)
+    assert kept[0].requires_grad    # and nobody will ask for it
+    for key in (k, k.detach()):
+        got, want = block_sparse_attention(kept[0], key, key, layout), block_sparse_attention(q, key, key, layout)
+        assert torch.equal(got, want) and got.requires_grad == want.requires_grad
+
 def test_compiles_with_gradients_for_new_lengths():
     torch._dynamo.reset()
     compiled = torch.compile(with_lse, fullgraph=True, backend="aot_eager", dynamic=True)
