@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['UNITS', 'PREPARE', 'BACKWARD', 'COMBINE_COLUMNS', 'FINISH', 'MAIN', 'AROUND', 'AROUND_TILE', 'BOUND_ROWS', 'dq_units',
            'simulate_columns', 'simulate_backward', 'backward_shared', 'backward_tiles', 'backward_parts',
-           'backward_hash', 'heads_at_once', 'backward_kernels', 'prepare_blocks', 'cuda_backward']
+           'backward_hash', 'heads_at_once', 'backward_kernels', 'prepare_blocks', 'places', 'backward_recipe',
+           'cuda_backward']
 
 # %% ../nbs/08_cuda_backward.ipynb #7a408c6f
 import functools
+import itertools
 import math
+import operator
 
 import torch
 from torch import Tensor
 
-from .cuda_basics import Kernel, aligned, as_given, mask_tensors, pack_params
+from .cuda_basics import MASKS, Kernel, Recipe, aligned, as_given, clear, in_steps, masks_for, pack_params, recipe_for
 from .cuda_forward import Tile, choose_tile, combine_blocks, cuda_kernel, make_plan, multiprocessors, partial_rows, simulate_work, source_hash
 from .layout import BlockLayout
 from .schedule import schedule
@@ -533,29 +536,44 @@ def prepare_blocks(B: int, H: int, L: int, S: int, D: int, device: torch.device)
     return B * H * -(-S // BOUND_ROWS) + -(-B * H * L // (256 // side)) + 8 * multiprocessors(device)
 
 # %% ../nbs/08_cuda_backward.ipynb #2783be5c
+def places(**sizes: int) -> dict[str, int]:    # where each starts, and `all`: the end
+    "Put pieces of memory of these sizes, in bytes, behind one another, each at a multiple of 256"
+    starts = itertools.accumulate((-(-size // 256) * 256 for size in sizes.values()), initial=0)
+    return dict(zip((*sizes, "all"), starts))
+
+def backward_recipe(layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor) -> Recipe:
+    "All that calls with such tensors share"
+    (B, H, L, D), N, S, device = q.shape, layout.block, k.shape[2], q.device
+    t, prepare, mains, combine, finish = backward_kernels(D, N, q.dtype == torch.bfloat16, device)
+    wide = B if layout.heads > 1 else B * H
+    plan, strips = make_plan(layout, True, t, wide, device), layout.nQ * N // 16
+    n = partial_rows(plan, wide, N)
+    grads = {name: torch.empty_like(x, device="meta") for name, x in (("dq", q), ("dk", k), ("dv", v))}
+    params = pack_params(plan, layout, 0, MASKS, untrusted, q, k, v, o=o, dout=do, **grads, strips=strips, heads_at_once=heads_at_once(L, D, N, wide, device))
+    launches = [(prepare, prepare_blocks(B, H, L, S, D, device)), *((main, plan.max_items * wide * t.parts(N)) for main in mains),
+                (combine, combine_blocks(plan, 2 * wide, N, D, device) if n else 0), (finish, -(-B * H * strips * 2 * D // 256))]
+    return Recipe("q k v o dout dq dk dv lse dlse rows bounds dq_sum partial", params, plan, launches, all(in_steps(x.stride(), 2) for x in (q, k, v, o, do)),
+                  **places(bounds=4 * B * H * (D + 1), rows=16 * B * H * L, dq_sum=64 * B * H * strips * D, partial=8 * n * D))
+
+# %% ../nbs/08_cuda_backward.ipynb #18af0f35
 def cuda_backward(
     do: Tensor, dlse: Tensor | None,         # gradients of o [B, H, L, D] and of lse [B, H, L]
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     layout: BlockLayout, scale: float, segments, kv_lengths,
 ) -> tuple[Tensor, Tensor, Tensor]:          # dq, dk, dv like q, k, v
     "Gradients of block-sparse attention by the CUDA kernels; the same bits in every run"
-    given, masks, lse, dlse = (q, k, v), mask_tensors(layout, segments, kv_lengths, q.shape[0]), lse.contiguous(), None if dlse is None else dlse.contiguous()
-    q, k, v, o, do = aligned(q), aligned(k), aligned(v), aligned(o), aligned(do)
+    recipe, at = recipe_for(backward_recipe, layout, segments is not None, q, k, v, o, do), [t.data_ptr() for t in (q, k, v, o, do)]
+    if not recipe.fits or functools.reduce(operator.or_, at) & 15:
+        used = [aligned(t) for t in (q, k, v, o)]
+        results = cuda_backward(aligned(do), dlse, *used, lse, layout, scale, segments, kv_lengths)
+        return tuple(map(as_given, results, (q, k, v), used))
+    kept, masks = masks_for(recipe, layout, segments, kv_lengths, q.shape[0])
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    (B, H, L, D), N, S, device = q.shape, layout.block, k.shape[2], q.device
-    t, prepare, mains, combine, finish = backward_kernels(D, N, q.dtype == torch.bfloat16, device)
-    wide = B if layout.heads > 1 else B * H
-    plan, strips = make_plan(layout, True, t, wide, device), layout.nQ * N // 16
-    bounds = torch.zeros(B * H * (D + 1), dtype=torch.int32, device=device)
-    dq_sum = torch.empty(B * H * strips * 16 * D, dtype=torch.int32, device=device)
-    rows = lse.new_empty((B, H, L, 4))
-    n = partial_rows(plan, wide, N)
-    partial = rows.new_empty((2, n, D)) if n else None
-    params = pack_params(
-        plan, layout, scale, masks, segments is not None, q, k, v, o=o, dout=do, dq=dq, dk=dk, dv=dv, lse=lse, dlse=dlse, rows=rows, bounds=bounds,
-        dq_sum=dq_sum, partial=partial, strips=strips, heads_at_once=heads_at_once(L, D, N, wide, device))
-    prepare(prepare_blocks(B, H, L, S, D, device), params)
-    for main in mains: main(plan.max_items * wide * t.parts(N), params)
-    if n: combine(combine_blocks(plan, 2 * wide, N, D, device), params)
-    finish(-(-B * H * strips * 2 * D // 256), params)
-    return tuple(map(as_given, (dq, dk, dv), given, (q, k, v)))
+    sizes = recipe.sizes
+    work = q.new_empty(sizes["all"], dtype=torch.uint8)
+    start = work.data_ptr()
+    clear(work, sizes["rows"])
+    recipe.launch(scale, masks, *at, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
+                  start + sizes["rows"], start + sizes["bounds"], start + sizes["dq_sum"], start + sizes["partial"])
+    return dq, dk, dv

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'SHAPES', 'COPY', 'LOAD', 'PRODUCTS', 'WORK', 'MASK', 'FORWARD', 'COMBINE', 'COMBINE_FORWARD', 'ROWS',
            'DQ', 'DKV', 'COMBINE_BACKWARD', 'TILES', 'shared_memory', 'tile', 'float32_source', 'float32_hash',
-           'float32_kernel', 'float32_plan', 'partial_rows', 'float32_forward', 'float32_backward']
+           'float32_kernel', 'float32_plan', 'partial_rows', 'float32_recipe', 'float32_forward', 'float32_backward']
 
 # %% ../nbs/06d_cuda_float32.ipynb #6f68e4c8
 import functools
@@ -14,7 +14,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from .cuda_basics import PARAMS, Kernel, aligned, as_given, mask_tensors, max_shared_memory, pack_params
+from .cuda_basics import PARAMS, Kernel, Recipe, aligned, as_given, forward_call, forward_recipe_of, mask_tensors, max_shared_memory, pack_params
 from .layout import BlockLayout
 from .schedule import schedule
 
@@ -560,6 +560,15 @@ def partial_rows(q: Tensor, plan, N: int) -> int:
     return plan.max_slots * q.shape[0] * (1 if plan.heads > 1 else q.shape[1]) * N * plan.group
 
 # %% ../nbs/06d_cuda_float32.ipynb #19fefc69
+def float32_recipe(layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor) -> Recipe:
+    "All that forward calls with such tensors share"
+    (B, H, _, D), N, device = q.shape, layout.block, q.device
+    plan, parts = float32_plan("forward", layout, D, device)
+    wide = B * (1 if plan.heads > 1 else H)
+    kernel, combine = (float32_kernel("forward", name, D, N, device) for name in ("float32_forward", "float32_combine"))
+    return forward_recipe_of(layout, untrusted, q, k, v, plan, partial_rows(q, plan, N), kernel, plan.max_items * wide * parts, combine, plan.max_splits * wide)
+
+# %% ../nbs/06d_cuda_float32.ipynb #2bfffef6
 def float32_forward(
     q: Tensor, k: Tensor, v: Tensor,         # [B, H, L or S, D], fp32, on a GPU
     layout: BlockLayout, scale: float,       # σ > 0
@@ -567,18 +576,7 @@ def float32_forward(
     kv_lengths: Tensor | None,               # keys that exist in each sequence, [B]
 ) -> tuple[Tensor, Tensor]:                  # o like q, lse [B, H, L]
     "Block-sparse attention in fp32 by the CUDA kernel"
-    given, q, k, v = q, aligned(q), aligned(k), aligned(v)
-    (B, H, L, D), N, device = q.shape, layout.block, q.device
-    plan, parts = float32_plan("forward", layout, D, device)
-    o, lse = torch.empty_like(q), q.new_empty((B, H, L))
-    n, wide = partial_rows(q, plan, N), B * (1 if plan.heads > 1 else H)
-    partial, partial_lse = (q.new_empty((n, D)), q.new_empty(n)) if n else (None, None)
-    masks = mask_tensors(layout, segments, kv_lengths, B)
-    params = pack_params(plan, layout, scale, masks, segments is not None or kv_lengths is not None,
-                         q, k, v, out=o, lse=lse, partial=partial, partial_lse=partial_lse)
-    float32_kernel("forward", "float32_forward", D, N, device)(plan.max_items * wide * parts, params)
-    if n: float32_kernel("forward", "float32_combine", D, N, device)(plan.max_splits * wide, params)
-    return as_given(o, given, q), lse
+    return forward_call(float32_recipe, segments is not None or kv_lengths is not None, q, k, v, layout, scale, segments, kv_lengths)
 
 # %% ../nbs/06d_cuda_float32.ipynb #13417a67
 def float32_backward(

@@ -6,7 +6,8 @@
 __all__ = ['SETTINGS', 'SHAPES', 'INSTRUCTIONS', 'WORK', 'COPY', 'PRODUCTS', 'FORWARD', 'COMBINE', 'Work', 'simulate_work',
            'simulate_rows', 'simulate_forward', 'Tile', 'forward_shared', 'forward_tiles', 'kernel_source',
            'source_hash', 'forward_hash', 'chunk_size', 'multiprocessors', 'choose_tile', 'make_plan', 'cuda_kernel',
-           'forward_kernels', 'partial_rows', 'combine_blocks', 'cuda_forward', 'tflops_table', 'tries_table']
+           'forward_kernels', 'partial_rows', 'combine_blocks', 'forward_recipe', 'cuda_forward', 'tflops_table',
+           'tries_table']
 
 # %% ../nbs/07_cuda_forward.ipynb #88e29ea2
 import functools
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cuda_basics import PARAMS, Kernel, aligned, as_given, mask_tensors, max_shared_memory, pack_params
+from .cuda_basics import PARAMS, Kernel, Recipe, forward_call, forward_recipe_of, max_shared_memory
 from .config import Table
 from .layout import BlockLayout
 from .schedule import Schedule, schedule
@@ -663,6 +664,16 @@ def combine_blocks(plan: Schedule, wide: int, N: int, D: int, device: torch.devi
     return min(plan.max_splits * wide * -(-plan.group * N * (D // 8) // 256), 8 * multiprocessors(device))
 
 # %% ../nbs/07_cuda_forward.ipynb #68c11959
+def forward_recipe(layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor) -> Recipe:
+    "All that calls with such tensors share"
+    (B, H, L, D), N, device = q.shape, layout.block, q.device
+    t, kernel, combine = forward_kernels(D, N, q.dtype == torch.bfloat16, device)
+    wide = B if layout.heads > 1 else B * H
+    plan = make_plan(layout, False, t, wide, device)
+    return forward_recipe_of(layout, untrusted, q, k, v, plan, partial_rows(plan, wide, N), kernel, plan.max_items * wide * t.parts(N),
+                             combine, combine_blocks(plan, wide, N, D, device), heads_at_once=wide)
+
+# %% ../nbs/07_cuda_forward.ipynb #695fb091
 def cuda_forward(
     q: Tensor, k: Tensor, v: Tensor,         # [B, H, L or S, D], bf16 or fp16, on a GPU
     layout: BlockLayout, scale: float,       # σ > 0
@@ -670,19 +681,7 @@ def cuda_forward(
     kv_lengths: Tensor | None,               # keys that exist in each sequence, [B]
 ) -> tuple[Tensor, Tensor]:                  # o like q, lse [B, H, L] fp32
     "Block-sparse attention by the CUDA kernel"
-    given, q, k, v, masks = q, aligned(q), aligned(k), aligned(v), mask_tensors(layout, segments, kv_lengths, q.shape[0])
-    (B, H, L, D), N, device = q.shape, layout.block, q.device
-    t, kernel, combine = forward_kernels(D, N, q.dtype == torch.bfloat16, device)
-    wide = B if layout.heads > 1 else B * H
-    plan = make_plan(layout, False, t, wide, device)
-    o, lse = torch.empty_like(q), torch.empty(B, H, L, dtype=torch.float32, device=device)
-    n = partial_rows(plan, wide, N)
-    partial, partial_lse = (lse.new_empty((n, D)), lse.new_empty(n)) if n else (None, None)
-    params = pack_params(plan, layout, scale, masks, segments is not None,
-                         q, k, v, out=o, lse=lse, partial=partial, partial_lse=partial_lse, heads_at_once=wide)
-    kernel(plan.max_items * wide * t.parts(N), params)
-    if n: combine(combine_blocks(plan, wide, N, D, device), params)
-    return as_given(o, given, q), lse
+    return forward_call(forward_recipe, segments is not None, q, k, v, layout, scale, segments, kv_lengths)
 
 # %% ../nbs/07_cuda_forward.ipynb #4d0fe3c0
 def tflops_table(

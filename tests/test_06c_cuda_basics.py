@@ -1,12 +1,16 @@
 "Tests of 06c_cuda_basics. Generated from nbs/06c_cuda_basics.ipynb: edit that, then run pythia_book build."
 import functools
+import gc
 import math
 import pytest
 import re
 import torch
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pythia_nb import patterns as P
 from pythia_nb.cuda_basics import (
-    Kernel, PACK, PARAMS, aligned, check_compiles, cuda_obstacle, mask_tensors, pack_params,
+    Kernel, MANY, MASKS, PACK, PARAMS, Recipe, aligned, check_compiles, cuda_obstacle, mask_tensors, masks_for,
+    pack_params, params_at, recipe_for,
 )
 from pythia_nb.reference import attention_oracle
 from pythia_nb.schedule import schedule
@@ -25,9 +29,9 @@ def packed_example():
 
 def test_the_struct_holds_what_was_given():
     q, k, v, layout, plan, packed = packed_example()
-    x = PACK.unpack(packed.tobytes())
-    assert x[:4] == (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0) and x[16] == plan.items.data_ptr() and x[24:27] == (*q.stride()[:2], k.stride(0))
-    assert x[40:43] == (q.stride(2), k.stride(2), v.stride(2)) and x[48:52] == (2, 3, 100, 130) and x[54:57] == (30, 0, 1) and x[-1] == 0.5
+    x = params_at(packed)
+    assert x[:4] == (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0) and x[16] == plan.items.data_ptr() and x[26:29] == (*q.stride()[:2], k.stride(0))
+    assert x[42:45] == (q.stride(2), k.stride(2), v.stride(2)) and x[24:26] == (0.5, 2) and x[50:53] == (3, 100, 130) and x[55:58] == (30, 0, 1)
 
 
 def letters(struct_text):
@@ -49,6 +53,85 @@ def test_only_tensors_that_need_it_are_copied():
     for t in (base, base.transpose(1, 2), base[:, 1:], base[..., 4:36], base[:1].expand(5, -1, -1, -1)): assert aligned(t) is t
     for t in (base[..., 1:33], base.mT, torch.randn(2, 3, 5, 33)[..., :32], base.flatten()[1:1 + 2 * 32].view(1, 1, 2, 32)):
         assert aligned(t) is not t and torch.equal(aligned(t), t) and aligned(t).data_ptr() % 16 == 0
+
+
+def a_recipe(kernel):
+    "A way to make recipes whose kernel is a Python function, and how often it was used"
+    made = []
+    def make(layout, untrusted, q, k, v):
+        made.append(untrusted)
+        plan = schedule(layout, False, 1, 1 << 20)
+        return Recipe("q k v out", pack_params(plan, layout, 0, MASKS, untrusted, q, k, v, out=q), plan, [(kernel, 3)], True)
+    return make, made
+
+def no_gpu(monkeypatch):
+    "What a recipe asks a GPU, answered without one"
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+def test_a_recipe_writes_what_changes_and_keeps_the_rest(monkeypatch):
+    no_gpu(monkeypatch)
+    q, k, v, layout, plan, _ = packed_example()
+    seen = []
+    make, made = a_recipe(lambda blocks, arguments: seen.append((blocks, params_at(arguments))))
+    for scale in (0.5, 0.25):
+        o = torch.empty_like(q)
+        recipe = recipe_for(make, layout, False, q, k, v)
+        kept, masks = masks_for(recipe, layout, None, None, 2)
+        recipe.launch(scale, masks, q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr())
+        expected = pack_params(plan, layout, scale, MASKS, False, q, k, v, out=o)
+        assert seen.pop() == (3, params_at(expected))
+    assert made == [False] and recipe_for(make, layout, True, q, k, v) is not recipe and recipe_for(make, layout, False, q.contiguous(), k, v) is not recipe
+    assert recipe_for(make, layout, False, q, k, v) is recipe and made == [False, True, False]
+
+def test_a_launch_within_a_launch_has_memory_of_its_own(monkeypatch):
+    no_gpu(monkeypatch)
+    q, k, v, layout, plan, _ = packed_example()
+    seen = []
+    def kernel(blocks, arguments):    # as if another thread came between
+        if len(seen) < 3: seen.append(None); recipe.launch(0.5, (0, 0, 0), 7, 7, 7, 7)
+        seen.append(params_at(arguments)[0])
+    recipe = recipe_for(a_recipe(kernel)[0], layout, False, q, k, v)
+    recipe.launch(0.5, (0, 0, 0), 1, 2, 3, 4)
+    assert seen == [None] * 3 + [7, 7, 7, 1] and len(recipe.free) == 4
+
+
+def test_recipes_are_forgotten_with_their_layout_and_are_not_too_many(monkeypatch):
+    no_gpu(monkeypatch)
+    q, k, v, layout, plan, _ = packed_example()
+    make, made = a_recipe(None)
+    gone = weakref.ref(recipe_for(make, layout, False, q, k, v))
+    for i in range(MANY): recipe_for(make, layout, False, q, k, v[:, :, :, :i % 64 + 1].as_strided(v.shape, (1, 2, 3, i)))
+    assert len(made) == MANY + 1 and gone() is None
+    gone = weakref.ref(recipe_for(make, layout, False, q, k, v))
+    del layout; gc.collect()
+    assert gone() is None
+
+def test_a_recipe_made_in_a_capture_is_not_kept(monkeypatch):
+    no_gpu(monkeypatch)
+    q, k, v, layout, *_ = packed_example()
+    make, made = a_recipe(None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    inside = recipe_for(make, layout, False, q, k, v)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    outside = recipe_for(make, layout, False, q, k, v)
+    assert inside is not outside and recipe_for(make, layout, False, q, k, v) is outside and len(made) == 2
+
+def test_masks_of_the_layout_are_made_once(monkeypatch):
+    no_gpu(monkeypatch)
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor([20, 30, 50]))
+    layout = P.document(ids).layout(100, block=32)
+    q = torch.randn(2, 3, 100, 64)
+    recipe = recipe_for(a_recipe(None)[0], layout, False, q, q, q)
+    (q_ids, k_ids, _), where = first = masks_for(recipe, layout, None, None, 2)
+    assert masks_for(recipe, layout, None, None, 2) is first and where == (q_ids.data_ptr(), k_ids.data_ptr(), 0)
+    assert q_ids.dtype == torch.int32 and torch.equal(q_ids, ids.int().expand(2, -1))
+    layout.segment_ids[0] = 5    # somebody writes
+    assert masks_for(recipe, layout, None, None, 2)[0][0][0, 0] == 5
+    lengths = torch.tensor([3, 4])
+    assert masks_for(recipe, layout, None, lengths, 2)[0][2].tolist() == [3, 4] and masks_for(recipe, layout, (ids[None], ids[None]), None, 2) is not first
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert masks_for(recipe, layout, None, None, 2)[0][0] is not masks_for(recipe, layout, None, None, 2)[0][0]
 
 
 def simulate_thread(q, k, v, layout, entries, x, scale):
@@ -119,8 +202,8 @@ def naive_forward(q, k, v, layout, scale, kv_lengths=None):
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
     plan = schedule(layout, False, 1, 1 << 30)    # no list is split
     masks = mask_tensors(layout, None, kv_lengths, len(q))    # has a name, so that it lives until the launch
-    params = pack_params(plan, layout, scale, masks, kv_lengths is not None, q, k, v, out=o, lse=lse)
-    naive_kernel(q.shape[3], layout.block, q.device)(plan.max_items * q.shape[0] * (1 if layout.heads > 1 else q.shape[1]), params)
+    arguments = pack_params(plan, layout, scale, masks, kv_lengths is not None, q, k, v, out=o, lse=lse)
+    naive_kernel(q.shape[3], layout.block, q.device)(plan.max_items * q.shape[0] * (1 if layout.heads > 1 else q.shape[1]), arguments)
     return o, lse
 
 
@@ -136,6 +219,14 @@ def test_the_naive_kernel_equals_the_oracle(D, N, causal):
             torch.testing.assert_close(o.double(), expected[0], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(lse.double(), expected[1], atol=1e-5, rtol=1e-5)
 
+
+@pytest.mark.cuda
+def test_a_thread_that_has_not_used_cuda_can_launch():
+    layout = P.dense().layout(64, 64, 64, device="cuda")
+    q, k, v = (torch.randn(1, 1, 64, 64, device="cuda") for _ in range(3))
+    expected, _ = naive_forward(q, k, v, layout, 0.125)
+    with ThreadPoolExecutor(1) as pool: got, _ = pool.submit(naive_forward, q, k, v, layout, 0.125).result()
+    assert torch.equal(got, expected)
 
 @pytest.mark.cuda
 def test_launches_follow_the_current_stream_and_device():

@@ -4,14 +4,17 @@ import math
 import pytest
 import time
 import torch
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pythia_nb import patterns as P
-from pythia_nb.cuda_basics import HEAD_DIMS, check_compiles, compile_report
+from pythia_nb.cuda_basics import HEAD_DIMS, check_compiles, params_at
 from pythia_nb.cuda_forward import (
     COMBINE, FORWARD, cuda_forward, forward_hash, forward_shared, forward_tiles, kernel_source, simulate_forward,
 )
 from pythia_nb.layout import BlockLayout
 from pythia_nb.reference import attention_oracle, low_precision_reference
+from pythia_nb.schedule import compile_report
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.mark.parametrize("N, BS, causal", [(16, 64, True), (16, 32, False), (32, 64, True), (64, 32, True), (64, 64, False)])
@@ -101,6 +104,54 @@ def test_long_rows_are_split_and_long_sequences_indexed(L=1 << 20):
     torch.testing.assert_close(o[:, :, at].double(), s.softmax(-1) @ v[:, :, keys].double(), atol=2e-2, rtol=2e-2)
 
 
+class Operations(TorchDispatchMode):
+    "The names of PyTorch's operations that are called"
+    def __init__(self): super().__init__(); self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+def launches_without_a_gpu(monkeypatch, N=64) -> list[tuple[int, tuple]]:
+    "Let `cuda_forward` run with kernels that only note how many thread blocks and which `Params` they got"
+    launches = []
+    def kernel(blocks, arguments): launches.append((blocks, params_at(arguments)))
+    for name, function in dict(forward_kernels=lambda *about: (forward_tiles(64, N)[0], kernel, kernel), multiprocessors=lambda device: 132).items():
+        monkeypatch.setitem(cuda_forward.__globals__, name, function)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return launches
+
+def test_a_call_does_only_what_it_must(monkeypatch):
+    "The second call makes its outputs, writes their addresses and launches, and asks for nothing else"
+    launches, layout = launches_without_a_gpu(monkeypatch), P.local(1).layout(300, block=64)
+    q, k, v = (torch.randn(2, 300, 3, 64, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    first = cuda_forward(q, k, v, layout, 0.125, None, None)
+    for name in ("forward_kernels", "multiprocessors", "schedule", "forward_recipe_of"): monkeypatch.setitem(cuda_forward.__globals__, name, None)
+    with Operations() as seen: o, lse = cuda_forward(q, k, v, layout, 0.5, None, None)
+    assert seen.names == ["aten::empty_like", "aten::empty.memory_format"] and o.stride() == q.stride() and lse.shape == (2, 3, 300)
+    (blocks, before), _, (again, after), _ = launches    # the second kernel combines parts: no thread blocks here
+    assert again == blocks >= 5 * 2 * 3 and [i for i in range(len(after)) if before[i] != after[i]] == [5, 9, 24]
+    assert (after[0], after[5], after[9], after[24]) == (q.data_ptr(), o.data_ptr(), lse.data_ptr(), 0.5)
+
+def test_tensors_that_a_kernel_cannot_read_are_copied(monkeypatch):
+    launches, layout = launches_without_a_gpu(monkeypatch), P.local(1).layout(300, block=64)
+    q = torch.randn(2, 3, 300, 64, dtype=torch.bfloat16)
+    shifted = torch.randn(q.numel() + 1, dtype=torch.bfloat16)[1:].view_as(q)    # does not start at a multiple of 16 bytes
+    cuda_forward(shifted, q, q.mT.contiguous().mT, layout, 0.125, None, None)
+    (_, params), _ = launches
+    assert params[0] % 16 == 0 and params[0] != shifted.data_ptr() and params[1] == q.data_ptr() and params[44] == 64
+
+
+@pytest.mark.cuda
+def test_threads_that_share_a_recipe_do_not_mix_their_tensors():
+    layout = P.bigbird(1, 1, 1).layout(200, block=64, device="cuda")
+    problems = [[torch.randn(1, 2, 200, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)] for _ in range(8)]
+    expected = [cuda_forward(*problem, layout, 0.125, None, None) for problem in problems]
+    def many(i): return all(torch.equal(a, b) for _ in range(200) for a, b in zip(cuda_forward(*problems[i], layout, 0.125, None, None), expected[i]))
+    with ThreadPoolExecutor(8) as pool: assert all(pool.map(many, range(8)))
+
+
 @pytest.mark.cuda
 def test_calling_is_light():
     (q, k, v), layout, _ = gpu_problem(64, 16, torch.bfloat16, 0)
@@ -111,7 +162,7 @@ def test_calling_is_light():
         start = time.perf_counter()
         for _ in range(10): cuda_forward(q, k, v, layout, 0.125, None, None)
         seconds.append((time.perf_counter() - start) / 10)
-    assert min(seconds) < 100e-6    # the measured value is in the result file
+    assert min(seconds) < 40e-6    # measured alone: a third of that (results/h200/host.json); a busy machine has half the clock or less
 
 
 @pytest.mark.cuda

@@ -10,10 +10,12 @@ from pythia_nb.cuda_backward import (
     AROUND, AROUND_TILE, MAIN, backward_hash, backward_parts, backward_shared, backward_tiles, cuda_backward,
     simulate_backward,
 )
-from pythia_nb.cuda_basics import HEAD_DIMS, check_compiles
+from pythia_nb.cuda_basics import HEAD_DIMS, check_compiles, params_at
 from pythia_nb.cuda_forward import cuda_forward, kernel_source
 from pythia_nb.layout import BlockLayout
 from pythia_nb.reference import attention_oracle, check_attention, gradients, split_segments
+from pythia_nb.schedule import schedule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def backward_problem(N, causal, H=2, D=32):
@@ -58,6 +60,36 @@ def test_launch_parameters_fit_every_gpu(D, N):
         assert t.threads in (64, 128, 256) and t.BN <= t.threads and t.BN % t.BS == 0 and (t.BM % N == 0 or N % t.BM == 0) and t.group(N) <= 8
         assert 16 * t.MT <= max(N, 16) and (backward_shared(t, D) + 1152) * t.CTAS <= 228 * 1024
     assert backward_shared(backward_tiles(D, N)[-1], D) <= 99 * 1024 - 128
+
+
+class Operations(TorchDispatchMode):
+    "The names of PyTorch's operations that are called"
+    def __init__(self): super().__init__(); self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+def test_a_call_does_only_what_it_must(monkeypatch):
+    "Without a GPU: the second call makes the gradients and one piece of memory, and asks for nothing else"
+    launches, layout = [], P.local(1).layout(300, block=64)
+    def kernel(blocks, arguments): launches.append((blocks, params_at(arguments)))
+    for name, function in dict(backward_kernels=lambda *about: (backward_tiles(64, 64)[0], kernel, [kernel], kernel, kernel), heads_at_once=lambda *about: 6,
+                               make_plan=lambda *about: schedule(layout, True, 1, 8), multiprocessors=lambda device: 132, combine_blocks=lambda *about: 0, clear=lambda work, size: launches.append(size)).items():
+        monkeypatch.setitem(cuda_backward.__globals__, name, function)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    q, k, v, o, do = (torch.randn(2, 300, 3, 64, dtype=torch.bfloat16).transpose(1, 2) for _ in range(5))
+    lse, rest = torch.randn(2, 3, 300), (layout, 0.125, None, None)
+    cuda_backward(do, lse, q, k, v, o, lse, *rest)
+    for name in ("backward_kernels", "multiprocessors", "heads_at_once", "make_plan", "pack_params"): monkeypatch.setitem(cuda_backward.__globals__, name, None)
+    launches.clear()
+    with Operations() as seen: dq, dk, dv = cuda_backward(do, None, q, k, v, o, lse, *rest)
+    assert seen.names == ["aten::empty_like"] * 3 + ["aten::new_empty"] and dq.stride() == q.stride()
+    cleared, (_, params), (blocks, main), (none, _), (finish, _) = launches
+    assert none == 0 and main == params and blocks >= 5 * 2 * 3 and finish == 2 * 3 * 20 * 2 * 64 // 256 and cleared == 4 * 2 * 3 * 65 // 256 * 256 + 256
+    assert params[:5] == tuple(t.data_ptr() for t in (q, k, v, o, do)) and params[5] == 0 == params[10]
+    assert params[6:10] == (dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), lse.data_ptr()) and params[11] - params[12] == cleared
 
 
 class OnGpu(torch.autograd.Function):
