@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .config import Table
 from .model import Pythia, dense_attention
 from .patterns import Pattern
+from .pictures import look
 
 # %% ../nbs/21a_analysis.ipynb #db25b5f1
 def block_mass(
@@ -100,9 +101,9 @@ def position_chart(
     "Loss against position for several models; returns the axes"
     import matplotlib.pyplot as plt
     ax = plt.subplots()[1]
-    for (name, loss), marker in zip(losses.items(), "osv^"):
+    for n, (name, loss) in enumerate(losses.items()):
         mean = loss[:len(loss) // step * step].view(-1, step).mean(1).cpu()
-        ax.plot([step * (i + .5) for i in range(len(mean))], mean, marker=marker, label=name)
+        ax.plot([step * (i + .5) for i in range(len(mean))], mean, **look(name, n))
     ax.set(xlabel="position of the token", ylabel="loss, nats", title="Loss by position")
     ax.legend()
     return ax
