@@ -6,16 +6,17 @@
 __all__ = ['SMALL', 'COPY_ROWS', 'WALK', 'FETCH', 'RUN', 'TAKEN', 'HIDE', 'SOFTMAX', 'STORE', 'FORWARD_SMALL', 'PIECES',
            'SMALL_HEAD_DIMS', 'simulate_steps', 'simulate_warp', 'is_small', 'small_source', 'small_shared',
            'small_forward_tile', 'small_forward_body', 'small_forward_hash', 'small_forward_kernels',
-           'forward_by_block']
+           'small_forward_recipe', 'forward_by_block']
 
 # %% ../nbs/07a_cuda_small_blocks.ipynb #5db6ddc8
 import functools
 import math
 
 import torch
+from torch import Tensor
 
-from .cuda_basics import Kernel
-from .cuda_forward import COMBINE, FORWARD, Tile, Work, cuda_forward, cuda_kernel, kernel_source, simulate_work, source_hash
+from .cuda_basics import Kernel, Recipe, forward_call, forward_recipe_of
+from .cuda_forward import COMBINE, Tile, Work, combine_blocks, forward_recipe, kernel_source, make_plan, partial_rows, simulate_work, source_hash
 from .layout import BlockLayout
 from .schedule import schedule
 
@@ -73,9 +74,6 @@ COPY_ROWS = r'''
 // The address of a row is one multiply-add
 __device__ __forceinline__ const void* row_at(const u16* base, int x, int stride) {
   u64 at; asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(x), "r"(2 * stride), "l"(base)); return (const void*)at;
-}
-__device__ __forceinline__ void copy_pair(u32 dst, const void* src, bool there) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" :: "r"(dst), "l"(src), "r"(there ? 8 : 0));
 }
 // Streamed rows pass the L1 cache in the forward pass, which leaves it 70 KB: thread blocks side by side share windows and global blocks
 __device__ __forceinline__ void copy_streamed(u32 dst, const void* src, bool there) {
@@ -149,7 +147,7 @@ __device__ __forceinline__ void Walk::fetch(int stage, int place) {
   if constexpr (COLUMNS) {                                       // a query's lse and delta
     x = __shfl_sync(~0u, ahead.x, e + threadIdx.x % BN / N) + (int)threadIdx.x % N - shift;
     const bool there = (u32)x < (u32)count;
-    if (threadIdx.x < BN) copy_pair(ring + place * STAGE + 2 * HALF + threadIdx.x * 8, (const float2*)p.rows + scalars + (there ? x : 0), there);
+    if (threadIdx.x < BN) copy_async_8(ring + place * STAGE + 2 * HALF + threadIdx.x * 8, (const float2*)p.rows + scalars + (there ? x : 0), there);
   }
 }
 '''
@@ -412,7 +410,16 @@ def small_forward_kernels(D: int, N: int, bf16: bool, device: torch.device) -> t
     def make(name, shared, threads): return Kernel(small_source(small_forward_body(), D, N, t, bf16), name, threads, shared, device)
     return t, make("attention_forward", small_shared(t, D), t.threads), make("attention_combine", 0, 256)
 
-def forward_by_block(q, k, v, layout: BlockLayout, *rest):    # as `cuda_forward`
+def small_forward_recipe(layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor) -> Recipe:
+    "All that calls with such tensors share"
+    (B, H, L, D), N, device = q.shape, layout.block, q.device
+    t, kernel, combine = small_forward_kernels(D, N, q.dtype == torch.bfloat16, device)
+    wide = B if layout.heads > 1 else B * H
+    plan = make_plan(layout, False, t, wide, device)
+    return forward_recipe_of(layout, untrusted, q, k, v, plan, partial_rows(plan, wide, N), kernel, plan.max_items * wide,
+                             combine, combine_blocks(plan, wide, N, D, device), heads_at_once=wide)
+
+def forward_by_block(q, k, v, layout: BlockLayout, scale: float, segments, kv_lengths):    # as `cuda_forward`
     "Block-sparse attention by the CUDA kernel for the block size"
-    kernels = small_forward_kernels if is_small(q.shape[-1], layout.block) else None
-    return cuda_forward(q, k, v, layout, *rest, kernels=kernels)
+    make = small_forward_recipe if is_small(q.shape[3], layout.block) else forward_recipe
+    return forward_call(make, segments is not None, q, k, v, layout, scale, segments, kv_lengths)

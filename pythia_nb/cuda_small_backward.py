@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['DESCRIBE', 'ROWS_SMALL', 'HIDE_QUERIES', 'COLUMNS_SMALL', 'COMBINE_ROWS', 'gather_entries', 'simulate_row_warp',
            'simulate_column_warp', 'simulate_small_backward', 'small_rows_tile', 'small_columns_tile', 'small_bodies',
-           'small_backward_hash', 'small_backward_kernels', 'small_backward', 'backward_by_block']
+           'small_backward_hash', 'small_backward_kernels', 'small_recipe', 'small_rows_recipe', 'small_columns_recipe',
+           'small_backward', 'backward_by_block']
 
 # %% ../nbs/08a_cuda_small_backward.ipynb #e6959e29
 import functools
 import math
+import operator
 
 import torch
 from torch import Tensor
 
 from .cuda_backward import COMBINE_COLUMNS, cuda_backward
-from .cuda_basics import Kernel, aligned, as_given, mask_tensors, pack_params
-from .cuda_forward import Tile, Work, make_plan, multiprocessors, partial_rows, simulate_work, source_hash
+from .cuda_basics import MASKS, Kernel, Recipe, aligned, as_given, in_steps, masks_for, pack_params, recipe_for
+from .cuda_forward import Tile, Work, combine_blocks, make_plan, partial_rows, simulate_work, source_hash
 from .cuda_small import PIECES, SMALL_HEAD_DIMS, is_small, simulate_steps, small_shared, small_source
 from .layout import BlockLayout
-from .schedule import Schedule, schedule
+from .schedule import schedule
 
 # %% ../nbs/08a_cuda_small_backward.ipynb #a10f0ada
 def gather_entries(taken: list, K: int, N: int, first: int, count: int, missing: int):    # count: rows of the tensor, first: its position
@@ -265,26 +267,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_columns(co
 
 # %% ../nbs/08a_cuda_small_backward.ipynb #34897528
 COMBINE_ROWS = r'''
-// The parts of a long row together, in the order of their slots
+// The parts of a long row together, in the order of their slots. A thread has a row and 8 of its columns
+constexpr int ROWS = N * G, COMBINES = (ROWS * CHUNKS + 255) / 256;    // rows of a group, and thread blocks that share them
+__device__ __forceinline__ void combine_dq(const Params& p, int which, int bh, int row, int col) {
+  const int4 split = p.splits[which];
+  const int b = p.layout_heads > 1 ? bh : bh / p.H, h = p.layout_heads > 1 ? split.x / p.lists : bh % p.H;
+  const int x = own_position(p, split.x, 0, row, p.first_row) - p.q_start;
+  if (x < 0 || x >= p.L) return;
+  const float* partial = p.partial + (((i64)split.y * wide(p) + bh) * ROWS + row) * D + col;
+  const i64 step = (i64)wide(p) * ROWS * D;
+  float sum[8] = {};
+  #pragma unroll 4
+  for (int s = 0; s < split.z; s++) {    // several parts' loads are on their way at once
+    const float4 lo = *(const float4*)(partial + s * step), hi = *(const float4*)(partial + s * step + 4);
+    sum[0] += lo.x; sum[1] += lo.y; sum[2] += lo.z; sum[3] += lo.w; sum[4] += hi.x; sum[5] += hi.y; sum[6] += hi.z; sum[7] += hi.w;
+  }
+  *(uint4*)(p.dq + b * p.dq_b + h * p.dq_h + (i64)x * p.dq_l + col) = make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
+}
 extern "C" __global__ void __launch_bounds__(256) attention_combine_rows(const __grid_constant__ Params p) {
-  constexpr int ROWS = N * G;
-  for (int i = blockIdx.x; i < p.counts[2] * wide(p); i += gridDim.x) {
-    const int which = i / wide(p), bh = i % wide(p);
-    const int4 split = p.splits[which];
-    const int b = p.layout_heads > 1 ? bh : bh / p.H, h = p.layout_heads > 1 ? split.x / p.lists : bh % p.H;
-    const float* partial = p.partial + ((i64)split.y * wide(p) + bh) * ROWS * D;
-    const i64 step = (i64)wide(p) * ROWS * D;
-    for (int c = threadIdx.x; c < ROWS * CHUNKS; c += blockDim.x) {
-      const int row = c / CHUNKS, col = c % CHUNKS * 8, x = own_position(p, split.x, 0, row, p.first_row) - p.q_start;
-      if (x < 0 || x >= p.L) continue;
-      float sum[8] = {};
-      for (int s = 0; s < split.z; s++) {
-        const float4* part = (const float4*)(partial + s * step + row * D + col);
-        const float4 lo = part[0], hi = part[1];
-        sum[0] += lo.x; sum[1] += lo.y; sum[2] += lo.z; sum[3] += lo.w; sum[4] += hi.x; sum[5] += hi.y; sum[6] += hi.z; sum[7] += hi.w;
-      }
-      *(uint4*)(p.dq + b * p.dq_b + h * p.dq_h + (i64)x * p.dq_l + col) = make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
-    }
+  const int count = p.counts[2] * wide(p) * COMBINES;
+  for (int i = blockIdx.x; i < count; i += gridDim.x) {
+    const int x = i / COMBINES, which = x / wide(p), c = i % COMBINES * 256 + threadIdx.x;
+    if (c < ROWS * CHUNKS) combine_dq(p, which, x - which * wide(p), c / CHUNKS, c % CHUNKS * 8);
   }
 }
 '''
@@ -292,7 +296,8 @@ extern "C" __global__ void __launch_bounds__(256) attention_combine_rows(const _
 # %% ../nbs/08a_cuda_small_backward.ipynb #4930a9ca
 def small_rows_tile(D: int, N: int) -> Tile:
     "The variant of the rows' kernel"
-    return Tile(64, 32, 32, 1, 3 - (N == 32), N == 32) if D == 128 else Tile(64, 64, 32, 1, 3 if D == 80 else 4, 0)
+    if D == 128: return Tile(64, 32, 32, 1, 3, 0) if N == 16 else Tile(64, 32, 32, 1, 2, 1)
+    return Tile(64, 64, 32, 1, 3 if D == 80 else 4, 0)
 
 def small_columns_tile(D: int, N: int) -> Tile:
     "The variant of the columns' kernel"
@@ -317,27 +322,49 @@ def small_backward_kernels(D: int, N: int, bf16: bool, device: torch.device) -> 
     return make(False, "attention_rows", "attention_combine_rows"), make(True, "attention_columns", "attention_combine_columns")
 
 # %% ../nbs/08a_cuda_small_backward.ipynb #0161ddca
+def small_recipe(columns: bool, layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor) -> Recipe:
+    "All that calls with such tensors share, for rows or for columns"
+    (B, H, L, D), N, device = q.shape, layout.block, q.device
+    t, kernel, combine = small_backward_kernels(D, N, q.dtype == torch.bfloat16, device)[columns]
+    wide, gradients = B if layout.heads > 1 else B * H, 1 + columns
+    plan = make_plan(layout, columns, t, wide, device)
+    n = partial_rows(plan, wide, N)
+    like = {name: torch.empty_like(x, device="meta") for name, x in (("dq", q), ("dk", k), ("dv", v))}
+    params = pack_params(plan, layout, 0, MASKS, untrusted, q, k, v, o=o, dout=do, **like, heads_at_once=wide)
+    launches = [(kernel, plan.max_items * wide), (combine, combine_blocks(plan, gradients * wide, N, D, device) if n else 0)]
+    return Recipe("q k v dout dk dv rows partial" if columns else "q k v o dout dq lse dlse rows partial", params, plan, launches,
+                  all(in_steps(x.stride(), 2) for x in (q, k, v, o, do)), partial=4 * gradients * n * D)
+
+def small_rows_recipe(*args) -> Recipe:
+    "For dq"
+    return small_recipe(False, *args)
+
+def small_columns_recipe(*args) -> Recipe:
+    "For dk and dv"
+    return small_recipe(True, *args)
+
+# %% ../nbs/08a_cuda_small_backward.ipynb #cfddefa2
 def small_backward(
     do: Tensor, dlse: Tensor | None,         # gradients of o [B, H, L, D] and of lse [B, H, L]
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     layout: BlockLayout, scale: float, segments, kv_lengths,
 ) -> tuple[Tensor, Tensor, Tensor]:          # dq, dk, dv like q, k, v
     "Gradients of block-sparse attention by the CUDA kernels for small blocks; the same bits in every run"
-    given, masks, lse, dlse = (q, k, v), mask_tensors(layout, segments, kv_lengths, q.shape[0]), lse.contiguous(), None if dlse is None else dlse.contiguous()
-    q, k, v, o, do = aligned(q), aligned(k), aligned(v), aligned(o), aligned(do)
+    rows, columns = (recipe_for(make, layout, segments is not None, q, k, v, o, do) for make in (small_rows_recipe, small_columns_recipe))
+    at_q, at_k, at_v, at_o, at_do = at = [t.data_ptr() for t in (q, k, v, o, do)]
+    if not rows.fits or functools.reduce(operator.or_, at) & 15:
+        used = [aligned(t) for t in (q, k, v, o)]
+        results = small_backward(aligned(do), dlse, *used, lse, layout, scale, segments, kv_lengths)
+        return tuple(map(as_given, results, (q, k, v), used))
+    kept, masks = masks_for(rows, layout, segments, kv_lengths, q.shape[0])
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    (B, H, L, D), N, device = q.shape, layout.block, q.device
-    wide = B if layout.heads > 1 else B * H
-    rows = lse.new_empty((B, H, L, 2))    # lse in base 2 and delta, which the rows' kernel leaves for the columns'
-    for columns, (t, kernel, combine) in enumerate(small_backward_kernels(D, N, q.dtype == torch.bfloat16, device)):
-        plan = make_plan(layout, bool(columns), t, wide, device)
-        n = partial_rows(plan, wide, N)
-        partial = rows.new_empty((1 + columns, n, D)) if n else None
-        params = pack_params(plan, layout, scale, masks, segments is not None, q, k, v, o=o, dout=do, dq=dq, dk=dk, dv=dv,
-                             lse=lse, dlse=dlse, rows=rows, partial=partial, heads_at_once=wide)
-        kernel(plan.max_items * wide, params)
-        if n: combine((1 + columns) * plan.max_splits * wide, params)
-    return tuple(map(as_given, (dq, dk, dv), given, (q, k, v)))
+    described = -(-8 * lse.numel() // 256) * 256    # lse in base 2 and delta, which the rows' kernel leaves for the columns'; then parts, of one kernel after the other
+    work = q.new_empty(described + max(rows.sizes["partial"], columns.sizes["partial"]), dtype=torch.uint8)
+    start = work.data_ptr()
+    rows.launch(scale, masks, *at, dq.data_ptr(), lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(), start, start + described)
+    columns.launch(scale, masks, at_q, at_k, at_v, at_do, dk.data_ptr(), dv.data_ptr(), start, start + described)
+    return dq, dk, dv
 
 # %% ../nbs/08a_cuda_small_backward.ipynb #a45bf135
 def backward_by_block(do, dlse, q, k, v, o, lse, layout: BlockLayout, *rest):    # as `cuda_backward`
