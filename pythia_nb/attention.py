@@ -27,10 +27,10 @@ from torch.autograd import forward_ad
 
 from .cpu import cpu_forward, cpu_takes, why_no_cpu
 from .cpu_backward import cpu_backward
-from .cuda_backward import cuda_backward
 from .cuda_basics import why_no_cuda
 from .cuda_float32 import float32_backward, float32_forward
-from .cuda_forward import cuda_forward
+from .cuda_small import forward_by_block
+from .cuda_small_backward import backward_by_block
 from .layout import BlockLayout
 from .reference import head_slices, split_segments
 
@@ -199,11 +199,11 @@ def torch_backward(
 # %% ../nbs/11_attention.ipynb #b81d0c55
 def on_cuda_forward(q, *rest):
     "The CUDA forward pass for q's type: tensor cores for 16 bits, [fp32 units](06d_cuda_float32.ipynb) for 32"
-    return (float32_forward if q.dtype == torch.float32 else cuda_forward)(q, *rest)
+    return (float32_forward if q.dtype == torch.float32 else forward_by_block)(q, *rest)
 
 def on_cuda_backward(do, dlse, q, *rest):
     "The CUDA backward pass for q's type"
-    return (float32_backward if q.dtype == torch.float32 else cuda_backward)(do, dlse, q, *rest)
+    return (float32_backward if q.dtype == torch.float32 else backward_by_block)(do, dlse, q, *rest)
 
 # %% ../nbs/11_attention.ipynb #c55d0192
 BACKENDS = {"torch": (torch_forward, torch_backward), "cuda": (on_cuda_forward, on_cuda_backward), "cpu": (cpu_forward, cpu_backward)}    # name -> (forward, backward)
