@@ -689,7 +689,7 @@ def tflops_table(
     key: str,        # "forward_tflops" or "backward_tflops"
     limit: float,    # what mma.sync alone reaches on that machine, TFLOP/s
 ) -> Table:
-    "Ours beside the peers: FlashAttention-2 of the same run, FlexAttention of the run before, with the same script"
+    "Ours beside the peers: FlashAttention-2 of the same run, FlexAttention of an earlier run, with the same script"
     rate = lambda name, r: next((x[key] for x in result["rows"] if x["name"] == name and all(x[f] == r[f] for f in ("D", "L", "pattern", "block"))), None)
     fa2 = lambda r: next(x[key] for x in result["rows"] if x["name"] == "fa2" and (x["D"], x["L"]) == (r["D"], r["L"]))
     show = lambda x: "" if x is None or x != x else f"{x:.0f}"
