@@ -133,7 +133,10 @@ def flex(case: Case, layout: BlockLayout) -> Callable:
     lists = *packed(layout.row_ptr, layout.row_cols, diagonal, layout.nQ), *packed(layout.row_ptr, layout.row_cols, ~diagonal, layout.nQ)
     mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=case.block, mask_mod=causal_pairs, seq_lengths=(case.L, case.L))
     tiles = {} if case.block >= 128 or layout.device.type == "cpu" else dict(BLOCK_M=case.block, BLOCK_N=case.block)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask, kernel_options=tiles)
+    def attention(q, k, v):    # on a CPU it refuses tensors that want gradients, also where none are asked for
+        if not torch.is_grad_enabled(): q, k, v = q.detach(), k.detach(), v.detach()
+        return compiled(q, k, v, block_mask=mask, kernel_options=tiles)
+    return attention
 
 # %% ../nbs/18_contenders.ipynb #93225669
 def fa4(case: Case, layout: BlockLayout) -> Callable:

@@ -6,7 +6,7 @@ import torch
 import types
 from dataclasses import replace
 from pythia_nb import patterns as P
-from pythia_nb.contenders import Case, DENSE, available, check_small, installed, measure_attention, packed
+from pythia_nb.contenders import Case, DENSE, available, check_once, check_small, installed, measure_attention, packed
 from torch.nn import functional as F
 
 
@@ -51,6 +51,11 @@ def test_a_backward_pass_without_memory_keeps_the_forward(monkeypatch):
     monkeypatch.setitem(measure_attention.__globals__, "measure_backward", fails)
     row = measure_attention(Case("peers", "pythia_nb", "local(2)", 256, dtype="float32"), "cpu", 0.01)
     assert row["forward_ms"] > 0 and row["no_backward"] == "out of memory" and "failed" not in row
+
+
+@pytest.mark.slow
+def test_flex_is_right_on_a_cpu_where_it_has_no_gradients():
+    assert check_once(Case("test", "flex", "bigbird(2, 1, 1)", 512, 64, dtype="float32"), "cpu") is False
 
 
 def test_flex_lists_are_the_layouts():
