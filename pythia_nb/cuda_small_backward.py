@@ -6,7 +6,7 @@
 __all__ = ['DESCRIBE', 'ROWS_SMALL', 'HIDE_QUERIES', 'COLUMNS_SMALL', 'COMBINE_ROWS', 'gather_entries', 'simulate_row_warp',
            'simulate_column_warp', 'simulate_small_backward', 'small_rows_tile', 'small_columns_tile', 'small_bodies',
            'small_backward_hash', 'small_backward_kernels', 'small_recipe', 'small_rows_recipe', 'small_columns_recipe',
-           'small_backward', 'backward_by_block']
+           'small_backward', 'in_two_kernels', 'backward_by_block']
 
 # %% ../nbs/08a_cuda_small_backward.ipynb #e6959e29
 import functools
@@ -367,7 +367,10 @@ def small_backward(
     return dq, dk, dv
 
 # %% ../nbs/08a_cuda_small_backward.ipynb #a45bf135
+def in_two_kernels(layout: BlockLayout, D: int) -> bool:
+    "Are gradients made by this chapter's two kernels? For blocks of 16, and for blocks of 32 where lists are short"
+    return is_small(D, layout.block) and (layout.block == 16 or layout.visible <= 16 * layout.heads * layout.nQ)
+
 def backward_by_block(do, dlse, q, k, v, o, lse, layout: BlockLayout, *rest):    # as `cuda_backward`
     "Gradients by the CUDA kernels for the block size and length of the lists"
-    short = layout.block == 16 or layout.visible <= 16 * layout.heads * layout.nQ
-    return (small_backward if short and is_small(q.shape[-1], layout.block) else cuda_backward)(do, dlse, q, k, v, o, lse, layout, *rest)
+    return (small_backward if in_two_kernels(layout, q.shape[-1]) else cuda_backward)(do, dlse, q, k, v, o, lse, layout, *rest)
