@@ -216,7 +216,7 @@ def main(
     with replacing(folder / "report.md") as new: new.write_text(report(results))
     charts = draw_charts(results, folder)
     point = break_even(results)
-    if point: print(f"break-even with the fastest dense attention ({point[1]}): density {point[0]:.0%}")
+    if point: print(f"break-even with the fastest dense attention ({point[1]}): " + (f"density {point[0]:.0%}" if point[0] <= 1 else "faster at any density"))
     print(f"written: {', '.join(str(folder / f) for f in ['results.json', 'report.md', *charts])}")
 
 # %% ../nbs/18b_benchmark.ipynb #3bc94d21
