@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from .charts import attention_table, break_even, density_chart, draw_charts, good_rows, length_chart, model_table, report, roofline_chart
+from .charts import attention_table, break_even_text, density_chart, draw_charts, good_rows, length_chart, model_table, report, roofline_chart
 from .contenders import CONTENDERS, DENSE, Case, available, case_pattern, check_once, measure_attention, measure_limits, measure_model, problem
 from .recipe import usual_dtype
 from .weights import replacing
@@ -215,8 +215,7 @@ def main(
     except KeyboardInterrupt: sys.exit(f"\npythia_bench: interrupted; what was measured stands in {folder / 'results.json'}, and the same command continues")
     with replacing(folder / "report.md") as new: new.write_text(report(results))
     charts = draw_charts(results, folder)
-    point = break_even(results)
-    if point: print(f"break-even with the fastest dense attention ({point[1]}): " + (f"density {point[0]:.0%}" if point[0] <= 1 else "faster at any density"))
+    if text := break_even_text(results): print(text)
     print(f"written: {', '.join(str(folder / f) for f in ['results.json', 'report.md', *charts])}")
 
 # %% ../nbs/18b_benchmark.ipynb #3bc94d21

@@ -6,13 +6,12 @@
 __all__ = ['UNITS', 'PREPARE', 'BACKWARD', 'COMBINE_COLUMNS', 'FINISH', 'MAIN', 'AROUND', 'AROUND_TILE', 'BOUND_ROWS', 'dq_units',
            'simulate_columns', 'simulate_backward', 'backward_shared', 'backward_tiles', 'backward_parts',
            'backward_hash', 'heads_at_once', 'backward_kernels', 'prepare_blocks', 'places', 'backward_recipe',
-           'cuda_backward']
+           'with_copies', 'cuda_backward']
 
 # %% ../nbs/08_cuda_backward.ipynb #7a408c6f
 import functools
 import itertools
 import math
-import operator
 
 import torch
 from torch import Tensor
@@ -556,6 +555,11 @@ def backward_recipe(layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, 
                   **places(bounds=4 * B * H * (D + 1), rows=16 * B * H * L, dq_sum=64 * B * H * strips * D, partial=8 * n * D))
 
 # %% ../nbs/08_cuda_backward.ipynb #18af0f35
+def with_copies(backward, do, dlse, q, k, v, o, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    "A backward pass on copies of those tensors that kernels can't read as they are"
+    used = [aligned(t) for t in (q, k, v, o)]
+    return tuple(map(as_given, backward(aligned(do), dlse, *used, *rest), (q, k, v), used))
+
 def cuda_backward(
     do: Tensor, dlse: Tensor | None,         # gradients of o [B, H, L, D] and of lse [B, H, L]
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
@@ -563,10 +567,7 @@ def cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:          # dq, dk, dv like q, k, v
     "Gradients of block-sparse attention by the CUDA kernels; the same bits in every run"
     recipe, at = recipe_for(backward_recipe, layout, segments is not None, q, k, v, o, do), [t.data_ptr() for t in (q, k, v, o, do)]
-    if not recipe.fits or functools.reduce(operator.or_, at) & 15:
-        used = [aligned(t) for t in (q, k, v, o)]
-        results = cuda_backward(aligned(do), dlse, *used, lse, layout, scale, segments, kv_lengths)
-        return tuple(map(as_given, results, (q, k, v), used))
+    if not recipe.takes(at): return with_copies(cuda_backward, do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths)
     kept, masks = masks_for(recipe, layout, segments, kv_lengths, q.shape[0])
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['HEAD_DIMS', 'PARAMS', 'PACK', 'NO_STRIDES', 'POINTERS', 'MASKS', 'MANY', 'cuda_obstacle', 'why_no_cuda',
            'schedule_pointers', 'mask_tensors', 'Arguments', 'params_at', 'pack_params', 'check_compiles',
-           'max_shared_memory', 'Kernel', 'raw_module', 'in_steps', 'aligned', 'as_given', 'Recipe', 'recipe_for',
-           'masks_for', 'forward_call', 'forward_recipe_of', 'clear']
+           'max_shared_memory', 'Kernel', 'raw_module', 'in_steps', 'aligned', 'as_given', 'Recipe', 'Operations',
+           'recipe_for', 'masks_for', 'forward_call', 'forward_recipe_of', 'clear']
 
 # %% ../nbs/06c_cuda_basics.ipynb #159268ea
 import ctypes
 import functools
 import importlib.util
+import operator
 import re
 import struct
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .layout import BlockLayout
 from .reference import all_segments
@@ -191,6 +193,10 @@ class Recipe:
         self.packed, self.plan, self.launches, self.fits, self.sizes = bytes(params.memory[8:]), plan, launches, fits, sizes
         self.free, self.own_masks = [], (None, None, (MASKS, (0, 0, 0)))
 
+    def takes(self, at: list[int]) -> bool:
+        "Can kernels read tensors with these strides that start at these addresses?"
+        return self.fits and not functools.reduce(operator.or_, at) & 15
+
     def launch(self, scale: float, masks: tuple[int, int, int], *pointers: int):
         "Start the kernels on the current stream; `pointers` in the order of the recipe's fields, `masks` from `masks_for`"
         try: arguments = self.free.pop()
@@ -198,6 +204,15 @@ class Recipe:
         self.fields.pack_into(arguments.memory, 8, *pointers, *schedule_pointers(self.plan), *masks, scale)
         for kernel, blocks in self.launches: kernel(blocks, arguments)
         self.free.append(arguments)
+
+# %% ../nbs/06c_cuda_basics.ipynb #c88845d3
+class Operations(TorchDispatchMode):
+    "The names of PyTorch's operations that are called inside a `with`"
+    def __init__(self): super().__init__(); self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
 
 # %% ../nbs/06c_cuda_basics.ipynb #40f1d14c
 MANY = 256    # recipes of a layout

@@ -664,10 +664,13 @@ def combine_blocks(plan: Schedule, wide: int, N: int, D: int, device: torch.devi
     return min(plan.max_splits * wide * -(-plan.group * N * (D // 8) // 256), 8 * multiprocessors(device))
 
 # %% ../nbs/07_cuda_forward.ipynb #68c11959
-def forward_recipe(layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor) -> Recipe:
+def forward_recipe(
+    layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor,
+    kernels=None,    # others than `forward_kernels`
+) -> Recipe:
     "All that calls with such tensors share"
     (B, H, L, D), N, device = q.shape, layout.block, q.device
-    t, kernel, combine = forward_kernels(D, N, q.dtype == torch.bfloat16, device)
+    t, kernel, combine = (kernels or forward_kernels)(D, N, q.dtype == torch.bfloat16, device)
     wide = B if layout.heads > 1 else B * H
     plan = make_plan(layout, False, t, wide, device)
     return forward_recipe_of(layout, untrusted, q, k, v, plan, partial_rows(plan, wide, N), kernel, plan.max_items * wide * t.parts(N),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'COPY_ROWS', 'WALK', 'FETCH', 'RUN', 'TAKEN', 'HIDE', 'SOFTMAX', 'STORE', 'FORWARD_SMALL', 'PIECES',
-           'SMALL_HEAD_DIMS', 'simulate_steps', 'simulate_warp', 'is_small', 'small_source', 'small_shared',
-           'small_forward_tile', 'small_forward_body', 'small_forward_hash', 'small_forward_kernels',
-           'small_forward_recipe', 'forward_by_block']
+           'SMALL_HEAD_DIMS', 'small_forward_recipe', 'simulate_steps', 'simulate_warp', 'is_small', 'small_source',
+           'small_shared', 'small_forward_tile', 'small_forward_body', 'small_forward_hash', 'small_forward_kernels',
+           'forward_by_block']
 
 # %% ../nbs/07a_cuda_small_blocks.ipynb #5db6ddc8
 import functools
@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from .cuda_basics import Kernel, Recipe, forward_call, forward_recipe_of
-from .cuda_forward import COMBINE, Tile, Work, combine_blocks, forward_recipe, kernel_source, make_plan, partial_rows, simulate_work, source_hash
+from .cuda_basics import Kernel, forward_call
+from .cuda_forward import COMBINE, Tile, Work, forward_recipe, kernel_source, simulate_work, source_hash
 from .layout import BlockLayout
 from .schedule import schedule
 
@@ -410,14 +410,7 @@ def small_forward_kernels(D: int, N: int, bf16: bool, device: torch.device) -> t
     def make(name, shared, threads): return Kernel(small_source(small_forward_body(), D, N, t, bf16), name, threads, shared, device)
     return t, make("attention_forward", small_shared(t, D), t.threads), make("attention_combine", 0, 256)
 
-def small_forward_recipe(layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor) -> Recipe:
-    "All that calls with such tensors share"
-    (B, H, L, D), N, device = q.shape, layout.block, q.device
-    t, kernel, combine = small_forward_kernels(D, N, q.dtype == torch.bfloat16, device)
-    wide = B if layout.heads > 1 else B * H
-    plan = make_plan(layout, False, t, wide, device)
-    return forward_recipe_of(layout, untrusted, q, k, v, plan, partial_rows(plan, wide, N), kernel, plan.max_items * wide,
-                             combine, combine_blocks(plan, wide, N, D, device), heads_at_once=wide)
+small_forward_recipe = functools.partial(forward_recipe, kernels=small_forward_kernels)    # made once: calls are remembered by who makes their recipe
 
 def forward_by_block(q, k, v, layout: BlockLayout, scale: float, segments, kv_lengths):    # as `cuda_forward`
     "Block-sparse attention by the CUDA kernel for the block size"

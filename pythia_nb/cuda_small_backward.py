@@ -11,13 +11,12 @@ __all__ = ['DESCRIBE', 'ROWS_SMALL', 'HIDE_QUERIES', 'COLUMNS_SMALL', 'COMBINE_R
 # %% ../nbs/08a_cuda_small_backward.ipynb #e6959e29
 import functools
 import math
-import operator
 
 import torch
 from torch import Tensor
 
-from .cuda_backward import COMBINE_COLUMNS, cuda_backward
-from .cuda_basics import MASKS, Kernel, Recipe, aligned, as_given, in_steps, masks_for, pack_params, recipe_for
+from .cuda_backward import COMBINE_COLUMNS, cuda_backward, with_copies
+from .cuda_basics import MASKS, Kernel, Recipe, in_steps, masks_for, pack_params, recipe_for
 from .cuda_forward import Tile, Work, combine_blocks, make_plan, partial_rows, simulate_work, source_hash
 from .cuda_small import PIECES, SMALL_HEAD_DIMS, is_small, simulate_steps, small_shared, small_source
 from .layout import BlockLayout
@@ -352,10 +351,7 @@ def small_backward(
     "Gradients of block-sparse attention by the CUDA kernels for small blocks; the same bits in every run"
     rows, columns = (recipe_for(make, layout, segments is not None, q, k, v, o, do) for make in (small_rows_recipe, small_columns_recipe))
     at_q, at_k, at_v, at_o, at_do = at = [t.data_ptr() for t in (q, k, v, o, do)]
-    if not rows.fits or functools.reduce(operator.or_, at) & 15:
-        used = [aligned(t) for t in (q, k, v, o)]
-        results = small_backward(aligned(do), dlse, *used, lse, layout, scale, segments, kv_lengths)
-        return tuple(map(as_given, results, (q, k, v), used))
+    if not rows.takes(at): return with_copies(small_backward, do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths)
     kept, masks = masks_for(rows, layout, segments, kv_lengths, q.shape[0])
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

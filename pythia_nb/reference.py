@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['split_segments', 'visible_pairs', 'attention_oracle', 'row_queries', 'block_keys', 'block_scores', 'head_slices',
            'all_segments', 'blockwise_forward', 'block_ds', 'blockwise_backward', 'low_precision_reference', 'errors',
-           'gradients', 'error_floor', 'check_attention']
+           'gradients', 'error_floor', 'check_attention', 'hard_problem', 'sized_problem', 'check_forward', 'Pair',
+           'as_function']
 
 # %% ../nbs/05_reference.ipynb #72c09387
 import math
@@ -247,3 +248,74 @@ def check_attention(
         if shares[name] > 1:
             raise AssertionError(f"{name} is off by {ours}, and the budget is {factor} times {theirs} plus {floor:.1e}")
     return shares
+
+# %% ../nbs/05_reference.ipynb #5c9fd901
+def hard_problem(
+    D: int, N: int,             # head dim, block
+    dtype: torch.dtype,
+    kind: int,                  # 0 plain, 1 strided views and lists for each head, 2 documents and key counts, 3 very negative scores
+    blocks: int = 12,           # of the longest sequence
+    B: int = 2, H: int = 3,
+    device="cuda",
+) -> tuple[list[Tensor], BlockLayout, dict]:    # q, k, v; the layout; segment_ids and kv_lengths for kind 2
+    "A random problem with a long row, a long column, and for odd kinds a row that sees nothing"
+    L = int(torch.randint(1, blocks * N, ()))
+    S = L if kind in (0, 3) else int(torch.randint(1, (blocks + 1) * N, ()))
+    causal = kind != 1
+    start = S - L if causal else 0
+    nQ = -(-(start + L) // N) - start // N
+    mask = torch.rand(H if kind == 1 else 1, nQ, -(-S // N)) < 0.6
+    mask[:, -1] = True; mask[:, :, 0] = True; mask[0, nQ // 2] = kind % 2 == 0
+    layout = BlockLayout.from_block_mask(mask, N, causal, L, S).to(device)
+    def make(n): return torch.randn(B, n, H, D, device=device).transpose(1, 2) if kind == 1 else torch.randn(B, H, n, D, device=device)
+    q, k, v = make(L), make(S), make(S)
+    if kind == 3: q = q * 20 - 60
+    masks = dict(segment_ids=tuple(torch.randint(0, 2, (B, n), device=device) for n in (L, S)), kv_lengths=torch.randint(0, S + 1, (B,), device=device)) if kind == 2 else {}
+    return [t.to(dtype) for t in (q, k, v)], layout, masks
+
+def sized_problem(
+    N: int, D: int, L: int, S: int, H: int, causal: bool,
+    per_head: bool,             # lists for each head?
+    density: float,             # share of the blocks, from 0 to 1
+    dtype: torch.dtype, seed: int, device="cuda",
+) -> tuple[list[Tensor], BlockLayout]:    # q, k, v; the layout
+    "A random problem of a given size, with as many sequences as make 2,000 queries"
+    torch.manual_seed(seed)
+    start = S - L if causal else 0
+    nQ, B = -(-(start + L) // N) - start // N, -(-2000 // (H * L))
+    layout = BlockLayout.from_block_mask(torch.rand(H if per_head else 1, nQ, -(-S // N)) < density, N, causal, L, S).to(device)
+    return [torch.randn(B, H, n, D, device=device).to(dtype) for n in (L, S, S)], layout
+
+# %% ../nbs/05_reference.ipynb #e8ae2d98
+def check_forward(
+    o: Tensor, lse: Tensor,             # what a kernel gave
+    q: Tensor, k: Tensor, v: Tensor,    # in the precision to judge
+    layout: BlockLayout, **kw,          # segment_ids, kv_lengths
+):
+    "Hold a forward pass to the error budget, and its lse to fp32's; raises AssertionError"
+    exact_o, exact_lse = attention_oracle(q, k, v, layout, **kw)
+    reference = low_precision_reference(q, k, v, torch.zeros_like(q), None, layout, **kw)
+    assert torch.equal(lse.isfinite(), exact_lse.isfinite()) and not o.isnan().any()
+    allowed = 2 * (reference["o"].double() - exact_o).abs().max() + torch.finfo(q.dtype).eps * exact_o.abs().max()
+    assert (o.double() - exact_o).abs().max() <= allowed
+    finite = exact_lse.isfinite()
+    assert not finite.any() or (lse.double() - exact_lse)[finite].abs().max() <= 1e-5 * (1 + exact_lse[finite].abs().max())
+
+class Pair(torch.autograd.Function):
+    "A forward and a backward kernel as one differentiable function"
+    @staticmethod
+    def forward(ctx, q, k, v, layout, masks, forward, backward):
+        ctx.rest, ctx.kernel = (layout, q.shape[-1]**-0.5, split_segments(layout, masks.get("segment_ids")), masks.get("kv_lengths")), backward
+        o, lse = forward(q, k, v, *ctx.rest)
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse): return *ctx.kernel(do, dlse, *ctx.saved_tensors, *ctx.rest), *[None] * 4
+
+def as_function(
+    forward,     # fn(q, k, v, layout, scale, segments, kv_lengths) -> (o, lse)
+    backward,    # fn(do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths) -> (dq, dk, dv)
+):
+    "Two kernels as `check_attention` takes them"
+    return lambda q, k, v, layout, **masks: Pair.apply(q, k, v, layout, masks, forward, backward)

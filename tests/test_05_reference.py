@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from pythia_nb import patterns as P
 from pythia_nb.layout import BlockLayout
 from pythia_nb.reference import (
-    all_segments, attention_oracle, blockwise_backward, blockwise_forward, check_attention, error_floor, split_segments,
+    all_segments, as_function, attention_oracle, blockwise_backward, blockwise_forward, check_attention, check_forward,
+    error_floor, hard_problem, sized_problem, split_segments,
 )
 
 
@@ -87,3 +88,29 @@ def test_segments_that_do_not_cover_the_queries_get_one_sentence():
     with pytest.raises(ValueError, match="give a pair"): split_segments(layout, torch.zeros(1, 20))
     with pytest.raises(ValueError, match="one id for each key"): split_segments(layout, torch.zeros(1, 30))
     with pytest.raises(TypeError, match="segment_ids is a list"): split_segments(layout, [0] * 20)
+
+
+def rounded(q, k, v, layout, scale, segments, kv_lengths):
+    "The oracle, rounded as a kernel's results are"
+    o, lse = attention_oracle(q.double(), k.double(), v.double(), layout, scale=scale, segment_ids=segments, kv_lengths=kv_lengths)
+    return o.to(q.dtype), lse.float()
+
+@pytest.mark.parametrize("kind", range(4))
+def test_hard_problems_have_their_traps_and_the_judge_of_a_forward_pass_notices_mistakes(kind):
+    (q, k, v), layout, masks = hard_problem(32, 16, torch.bfloat16, kind, device="cpu")
+    assert (layout.heads == 3, q.is_contiguous() and q.shape[2] > 1, bool(masks)) == (kind == 1, kind != 1 and q.shape[2] > 1, kind == 2)
+    assert (layout.row_ptr.diff() == 0).any() == (kind % 2 == 1 and layout.nQ > 1) or layout.nQ == 1
+    o, lse = rounded(q, k, v, layout, 32**-0.5, split_segments(layout, masks.get("segment_ids")), masks.get("kv_lengths"))
+    check_forward(o, lse, q, k, v, layout, **masks)
+    for wrong in ((o, lse + .01), (o.masked_fill(torch.ones_like(o).bool(), math.nan), lse), (o + o.abs().max() / 4 + .1, lse)):
+        if lse.isfinite().any():
+            with pytest.raises(AssertionError): check_forward(*wrong, q, k, v, layout, **masks)
+
+def test_two_kernels_are_judged_as_one_function():
+    (q, k, v), layout = sized_problem(16, 32, 50, 70, 2, True, True, .5, torch.float32, seed=0, device="cpu")
+    assert len(q) == 20 and layout.heads == 2
+    def backward(do, dlse, q, k, v, o, lse, *rest):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        with torch.enable_grad(): return torch.autograd.grad(rounded(*leaves, *rest), leaves, (do, dlse))
+    check_attention(as_function(rounded, backward), q, k, v, layout)
+    with pytest.raises(AssertionError, match="dq"): check_attention(as_function(rounded, lambda *a: [g * (1 + n == 0) for n, g in enumerate(backward(*a))]), q, k, v, layout)

@@ -7,14 +7,13 @@ import torch
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pythia_nb import patterns as P
-from pythia_nb.cuda_basics import HEAD_DIMS, check_compiles, params_at
+from pythia_nb.cuda_basics import HEAD_DIMS, Operations, check_compiles, params_at
 from pythia_nb.cuda_forward import (
     COMBINE, FORWARD, cuda_forward, forward_hash, forward_shared, forward_tiles, kernel_source, simulate_forward,
 )
 from pythia_nb.layout import BlockLayout
-from pythia_nb.reference import attention_oracle, low_precision_reference
+from pythia_nb.reference import attention_oracle, check_forward, hard_problem
 from pythia_nb.schedule import compile_report
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.mark.parametrize("N, BS, causal", [(16, 64, True), (16, 32, False), (32, 64, True), (64, 32, True), (64, 64, False)])
@@ -55,39 +54,16 @@ def test_launch_parameters_fit_every_gpu(D, N):
     assert forward_shared(forward_tiles(D, N)[-1], D) <= 99 * 1024
 
 
-def gpu_problem(D, N, dtype, kind, B=2, H=3, blocks=12):
-    "A random problem on the GPU: kind 0 plain, 1 strided views and lists for each head, 2 documents and key counts, 3 very negative scores"
-    L = int(torch.randint(1, blocks * N, ()))
-    S = L if kind in (0, 3) else int(torch.randint(1, (blocks + 1) * N, ()))
-    causal = kind != 1
-    start = S - L if causal else 0
-    nQ = -(-(start + L) // N) - start // N
-    mask = torch.rand(H if kind == 1 else 1, nQ, -(-S // N)) < 0.6
-    mask[:, -1] = True; mask[:, :, 0] = True; mask[0, nQ // 2] = kind % 2 == 0    # a long row, a long column, and for odd kinds a row that sees nothing
-    layout = BlockLayout.from_block_mask(mask, N, causal, L, S).to("cuda")
-    def make(n): return torch.randn(B, n, H, D, device="cuda").transpose(1, 2) if kind == 1 else torch.randn(B, H, n, D, device="cuda")
-    q, k, v = make(L), make(S), make(S)
-    if kind == 3: q = q * 20 - 60
-    kw = dict(segment_ids=tuple(torch.randint(0, 2, (B, n), device="cuda") for n in (L, S)), kv_lengths=torch.randint(0, S + 1, (B,), device="cuda")) if kind == 2 else {}
-    return [t.to(dtype) for t in (q, k, v)], layout, kw
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", range(4))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("N", [16, 32, 64, 128])
 @pytest.mark.parametrize("D", HEAD_DIMS)
 def test_forward_on_the_gpu(D, N, dtype, kind):
-    (q, k, v), layout, kw = gpu_problem(D, N, dtype, kind)
+    (q, k, v), layout, kw = hard_problem(D, N, dtype, kind)
     poison = torch.full((64 << 20,), float("nan"), device="cuda"); del poison    # freed memory that the outputs will be made from
     o, lse = cuda_forward(q, k, v, layout, D**-0.5, kw.get("segment_ids"), kw.get("kv_lengths"))
-    exact_o, exact_lse = attention_oracle(q, k, v, layout, **kw)
-    reference = low_precision_reference(q, k, v, torch.zeros_like(q), None, layout, **kw)
-    assert torch.equal(lse.isfinite(), exact_lse.isfinite()) and not o.isnan().any()
-    allowed = 2 * (reference["o"].double() - exact_o).abs().max() + torch.finfo(dtype).eps * exact_o.abs().max()
-    assert (o.double() - exact_o).abs().max() <= allowed
-    finite = exact_lse.isfinite()
-    assert not finite.any() or (lse.double() - exact_lse)[finite].abs().max() <= 1e-5 * (1 + exact_lse[finite].abs().max())
+    check_forward(o, lse, q, k, v, layout, **kw)
 
 
 @pytest.mark.cuda
@@ -103,14 +79,6 @@ def test_long_rows_are_split_and_long_sequences_indexed(L=1 << 20):
     torch.testing.assert_close(lse[:, :, at].double(), s.logsumexp(-1), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(o[:, :, at].double(), s.softmax(-1) @ v[:, :, keys].double(), atol=2e-2, rtol=2e-2)
 
-
-class Operations(TorchDispatchMode):
-    "The names of PyTorch's operations that are called"
-    def __init__(self): super().__init__(); self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
 
 def launches_without_a_gpu(monkeypatch, N=64) -> list[tuple[int, tuple]]:
     "Let `cuda_forward` run with kernels that only note how many thread blocks and which `Params` they got"
@@ -154,7 +122,7 @@ def test_threads_that_share_a_recipe_do_not_mix_their_tensors():
 
 @pytest.mark.cuda
 def test_calling_is_light():
-    (q, k, v), layout, _ = gpu_problem(64, 16, torch.bfloat16, 0)
+    (q, k, v), layout, _ = hard_problem(64, 16, torch.bfloat16, 0)
     for _ in range(20): cuda_forward(q, k, v, layout, 0.125, None, None)
     torch.cuda.synchronize()
     seconds = []
@@ -167,7 +135,7 @@ def test_calling_is_light():
 
 @pytest.mark.cuda
 def test_streams_graphs_and_repeats():
-    (q, k, v), layout, _ = gpu_problem(64, 64, torch.bfloat16, 0)
+    (q, k, v), layout, _ = hard_problem(64, 64, torch.bfloat16, 0)
     first = cuda_forward(q, k, v, layout, 0.125, None, None)
     for _ in range(20): assert all(torch.equal(a, b) for a, b in zip(first, cuda_forward(q, k, v, layout, 0.125, None, None)))
     other = torch.cuda.Stream()

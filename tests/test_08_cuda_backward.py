@@ -10,12 +10,13 @@ from pythia_nb.cuda_backward import (
     AROUND, AROUND_TILE, MAIN, backward_hash, backward_parts, backward_shared, backward_tiles, cuda_backward,
     simulate_backward,
 )
-from pythia_nb.cuda_basics import HEAD_DIMS, check_compiles, params_at
+from pythia_nb.cuda_basics import HEAD_DIMS, Operations, check_compiles, params_at
 from pythia_nb.cuda_forward import cuda_forward, kernel_source
 from pythia_nb.layout import BlockLayout
-from pythia_nb.reference import attention_oracle, check_attention, gradients, split_segments
+from pythia_nb.reference import (
+    as_function, attention_oracle, check_attention, gradients, hard_problem, sized_problem, split_segments,
+)
 from pythia_nb.schedule import schedule
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def backward_problem(N, causal, H=2, D=32):
@@ -62,14 +63,6 @@ def test_launch_parameters_fit_every_gpu(D, N):
     assert backward_shared(backward_tiles(D, N)[-1], D) <= 99 * 1024 - 128
 
 
-class Operations(TorchDispatchMode):
-    "The names of PyTorch's operations that are called"
-    def __init__(self): super().__init__(); self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
-
 def test_a_call_does_only_what_it_must(monkeypatch):
     "Without a GPU: the second call makes the gradients and one piece of memory, and asks for nothing else"
     launches, layout = [], P.local(1).layout(300, block=64)
@@ -92,48 +85,19 @@ def test_a_call_does_only_what_it_must(monkeypatch):
     assert params[6:10] == (dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), lse.data_ptr()) and params[11] - params[12] == cleared
 
 
-class OnGpu(torch.autograd.Function):
-    "Forward and backward kernels as one differentiable function, for the judge"
-    @staticmethod
-    def forward(ctx, q, k, v, layout, kw):
-        segments = split_segments(layout, kw.get("segment_ids"))
-        ctx.rest = (layout, q.shape[-1]**-0.5, segments, kw.get("kv_lengths"))
-        o, lse = cuda_forward(q, k, v, *ctx.rest)
-        ctx.save_for_backward(q, k, v, o, lse)
-        return o, lse
-
-    @staticmethod
-    def backward(ctx, do, dlse): return *cuda_backward(do, dlse, *ctx.saved_tensors, *ctx.rest), None, None
-
-def gpu_problem(D, N, dtype, kind, B=2, H=3, blocks=12):
-    "A random problem on the GPU: kind 0 plain, 1 strided views and lists for each head, 2 documents and key counts"
-    L = int(torch.randint(1, blocks * N, ()))
-    S = L if kind == 0 else int(torch.randint(1, (blocks + 1) * N, ()))
-    causal = kind != 1
-    start = S - L if causal else 0
-    nQ = -(-(start + L) // N) - start // N
-    mask = torch.rand(H if kind == 1 else 1, nQ, -(-S // N)) < 0.6
-    mask[:, :, 0] = True; mask[:, -1] = True; mask[0, nQ // 2] = kind != 1    # a long column, a long row, and for kind 1 a row that sees nothing
-    layout = BlockLayout.from_block_mask(mask, N, causal, L, S).to("cuda")
-    def make(n): return torch.randn(B, n, H, D, device="cuda").transpose(1, 2) if kind == 1 else torch.randn(B, H, n, D, device="cuda")
-    q, k, v = make(L), make(S), make(S)
-    kw = dict(segment_ids=tuple(torch.randint(0, 2, (B, n), device="cuda") for n in (L, S)), kv_lengths=torch.randint(0, S + 1, (B,), device="cuda")) if kind == 2 else {}
-    return [t.to(dtype) for t in (q, k, v)], layout, kw
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", range(3))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("N", [16, 32, 64, 128])
 @pytest.mark.parametrize("D", HEAD_DIMS)
 def test_gradients_on_the_gpu_within_budget(D, N, dtype, kind):
-    (q, k, v), layout, kw = gpu_problem(D, N, dtype, kind)
-    check_attention(lambda q, k, v, layout, **kw: OnGpu.apply(q, k, v, layout, kw), q, k, v, layout, **kw)
+    (q, k, v), layout, kw = hard_problem(D, N, dtype, kind)
+    check_attention(as_function(cuda_forward, cuda_backward), q, k, v, layout, **kw)
 
 
 @pytest.mark.cuda
 def test_gradients_have_the_same_bits_in_every_run():
-    (q, k, v), layout, kw = gpu_problem(64, 64, torch.bfloat16, 2)
+    (q, k, v), layout, kw = hard_problem(64, 64, torch.bfloat16, 2)
     rest = (layout, 0.125, split_segments(layout, kw["segment_ids"]), kw["kv_lengths"])
     o, lse = cuda_forward(q, k, v, *rest)
     do, dlse = torch.randn_like(o), torch.randn_like(lse)
@@ -161,21 +125,15 @@ def random_problem(draw):
 @settings(max_examples=200, deadline=None)
 @given(random_problem())
 def test_random_layouts_on_the_gpu(c):
-    torch.manual_seed(c["seed"])
-    start = c["S"] - c["L"] if c["causal"] else 0
-    nQ = -(-(start + c["L"]) // c["N"]) - start // c["N"]
-    layout = BlockLayout.from_block_mask(torch.rand(c["H"] if c["per_head"] else 1, nQ, -(-c["S"] // c["N"])) < c["density"], c["N"], c["causal"], c["L"], c["S"]).to("cuda")
-    # The budget is twice the error of a reference on the same inputs; from few numbers that is a matter of luck, so there are 2,000 queries at least
-    B = -(-2000 // (c["H"] * c["L"]))
-    q, k, v = (torch.randn(B, c["H"], n, c["D"], device="cuda").to(c["dtype"]) for n in (c["L"], c["S"], c["S"]))
-    check_attention(lambda q, k, v, layout, **kw: OnGpu.apply(q, k, v, layout, kw), q, k, v, layout)
+    (q, k, v), layout = sized_problem(**c)
+    check_attention(as_function(cuda_forward, cuda_backward), q, k, v, layout)
 
 @pytest.mark.cuda
 def test_one_large_value_does_not_spoil_the_others():
     layout = P.dense().layout(512, block=64, device="cuda")
     q, k, v = (torch.randn(1, 2, 512, 64, device="cuda") for _ in range(3))
     v[:, :, 100] *= 30; k[..., 7] *= 20
-    check_attention(lambda q, k, v, layout, **kw: OnGpu.apply(q, k, v, layout, kw), *(t.bfloat16() for t in (q, k, v)), layout)
+    check_attention(as_function(cuda_forward, cuda_backward), *(t.bfloat16() for t in (q, k, v)), layout)
 
 @pytest.mark.cuda
 def test_nan_is_not_hidden():

@@ -13,7 +13,7 @@ from pythia_nb.cuda_small_backward import (
     simulate_small_backward, small_backward, small_backward_hash, small_bodies, small_columns_tile, small_rows_tile,
 )
 from pythia_nb.layout import BlockLayout
-from pythia_nb.reference import attention_oracle, check_attention, gradients, split_segments
+from pythia_nb.reference import as_function, attention_oracle, check_attention, gradients, hard_problem, sized_problem
 
 
 @pytest.mark.parametrize("N, EN, E, causal", [(16, 4, 2, True), (16, 2, 1, False), (32, 2, 1, True), (32, 1, 1, False)])
@@ -48,34 +48,6 @@ def test_launch_parameters_fit_every_gpu(D, N):
         assert t.threads == 128 and t.BN <= t.threads and small_shared(t, D, columns, 2) <= 99 * 1024 and (small_shared(t, D, columns, 2) + 1024) * t.CTAS <= 228 * 1024
 
 
-class OnGpu(torch.autograd.Function):
-    "Forward and backward kernels as one differentiable function, for the judge"
-    @staticmethod
-    def forward(ctx, q, k, v, layout, kw):
-        ctx.rest = (layout, q.shape[-1]**-0.5, split_segments(layout, kw.get("segment_ids")), kw.get("kv_lengths"))
-        o, lse = forward_by_block(q, k, v, *ctx.rest)
-        ctx.save_for_backward(q, k, v, o, lse)
-        return o, lse
-
-    @staticmethod
-    def backward(ctx, do, dlse): return *small_backward(do, dlse, *ctx.saved_tensors, *ctx.rest), None, None
-
-def gpu_problem(D, N, dtype, kind, blocks, B=2, H=3):
-    "A random problem on the GPU: kind 0 plain, 1 strided views and lists for each head, 2 documents and key counts"
-    L = int(torch.randint(1, blocks * N, ()))
-    S = L if kind == 0 else int(torch.randint(1, (blocks + 1) * N, ()))
-    causal = kind != 1
-    start = S - L if causal else 0
-    nQ = -(-(start + L) // N) - start // N
-    mask = torch.rand(H if kind == 1 else 1, nQ, -(-S // N)) < 0.6
-    mask[:, :, 0] = True; mask[:, -1] = True; mask[0, nQ // 2] = kind != 1    # a long column, a long row, and for kind 1 a row that sees nothing
-    layout = BlockLayout.from_block_mask(mask, N, causal, L, S).to("cuda")
-    def make(n): return torch.randn(B, n, H, D, device="cuda").transpose(1, 2) if kind == 1 else torch.randn(B, H, n, D, device="cuda")
-    q, k, v = make(L), make(S), make(S)
-    kw = dict(segment_ids=tuple(torch.randint(0, 2, (B, n), device="cuda") for n in (L, S)), kv_lengths=torch.randint(0, S + 1, (B,), device="cuda")) if kind == 2 else {}
-    return [t.to(dtype) for t in (q, k, v)], layout, kw
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", range(3))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -83,8 +55,8 @@ def gpu_problem(D, N, dtype, kind, blocks, B=2, H=3):
 @pytest.mark.parametrize("D", SMALL_HEAD_DIMS)
 @pytest.mark.parametrize("blocks", [12, 70])    # 70: lists of more than one window
 def test_gradients_on_the_gpu_within_budget(D, N, dtype, kind, blocks):
-    (q, k, v), layout, kw = gpu_problem(D, N, dtype, kind, blocks)
-    check_attention(lambda q, k, v, layout, **kw: OnGpu.apply(q, k, v, layout, kw), q, k, v, layout, **kw)
+    (q, k, v), layout, kw = hard_problem(D, N, dtype, kind, blocks)
+    check_attention(as_function(forward_by_block, small_backward), q, k, v, layout, **kw)
 
 
 @pytest.mark.cuda
@@ -108,14 +80,8 @@ def random_problem(draw):
 @settings(max_examples=100, deadline=None)
 @given(random_problem())
 def test_random_layouts_on_the_gpu(c):
-    torch.manual_seed(c["seed"])
-    start = c["S"] - c["L"] if c["causal"] else 0
-    nQ = -(-(start + c["L"]) // c["N"]) - start // c["N"]
-    layout = BlockLayout.from_block_mask(torch.rand(c["H"] if c["per_head"] else 1, nQ, -(-c["S"] // c["N"])) < c["density"], c["N"], c["causal"], c["L"], c["S"]).to("cuda")
-    # The budget is twice the error of a reference on the same inputs; from few numbers that is a matter of luck, so there are 2,000 queries at least
-    B = -(-2000 // (c["H"] * c["L"]))
-    q, k, v = (torch.randn(B, c["H"], n, c["D"], device="cuda").to(c["dtype"]) for n in (c["L"], c["S"], c["S"]))
-    check_attention(lambda q, k, v, layout, **kw: OnGpu.apply(q, k, v, layout, kw), q, k, v, layout)
+    (q, k, v), layout = sized_problem(**c)
+    check_attention(as_function(forward_by_block, small_backward), q, k, v, layout)
 
 @pytest.mark.cuda
 def test_nan_is_not_hidden():

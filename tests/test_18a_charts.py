@@ -20,7 +20,7 @@ def test_charts_draw_what_was_measured():
     lines = {line.get_label(): list(line.get_ydata()) for line in time.get_lines()}
     assert lines == {"dense, scores stored": [27, 54], "flash, dense": [9, 18], "pythia_nb, bigbird": [1.5, 3], "density limit": [2.25, 4.5]}
     assert {line.get_label(): list(line.get_ydata()) for line in memory.get_lines()}["density limit"] == pytest.approx([.256, .512])
-    assert density_chart(results).get_title() == "Faster than flash at every measured density, up to 25%"
+    assert density_chart(results).get_title() == "Faster than the fastest dense attention (flash) at every measured density, up to 25%"
     assert "flash, backward" in roofline_chart(results).get_legend_handles_labels()[1]
     plt.close("all")
 
