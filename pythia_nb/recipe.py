@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .data import Batches
-from .model import Pythia, chunk_gradient
+from .loss import chunk_gradient
+from .model import Pythia
 import pythia_nb.sparse_model  # patterns for `Pythia.set_pattern`
 
 # %% ../nbs/14c_recipe.ipynb #ef96978f

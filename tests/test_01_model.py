@@ -6,10 +6,164 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pythia_nb.config import PythiaConfig
-from pythia_nb.model import Pythia, chunked_cross_entropy, dense_attention, rotary_frequencies
+from pythia_nb.model import Pythia, dense_attention
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+
+@pytest.mark.parametrize("masks", [{}, {"segments": True}, {"lengths": True}, {"segments": True, "lengths": True}])
+@pytest.mark.parametrize("L, S, q_start", [(7, 7, None), (3, 7, None), (1, 7, None), (1, 7, 3), (2, 9, 4),
+                                           (5, 3, None)])
+def test_dense_attention(L, S, q_start, masks):
+    "Against the definition, with heads that differ; rows that see nothing are zero, with zero gradients."
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16, dtype=torch.float64, requires_grad=True) for n in (L, S, S))
+    kwargs = dict(q_start=q_start)
+    segments = torch.tensor([[0] * S, [0] * (S // 2) + [1] * (S - S // 2)])
+    lengths = torch.tensor([0, S - 2])
+    if "segments" in masks: kwargs["segment_ids"] = segments
+    if "lengths" in masks: kwargs["kv_lengths"] = lengths
+    start = S - L if q_start is None else q_start
+    expected = torch.zeros(2, 3, L, 16, dtype=torch.float64)
+    for b in range(2):
+        for i in range(L):
+            seen = [j for j in range(S) if j <= start + i and ("lengths" not in masks or j < lengths[b])
+                    and ("segments" not in masks or segments[b, start + i] == segments[b, j])]
+            if seen: expected[b, :, i] = ((q[b, :, i:i + 1] @ k[b, :, seen].mT / 4).softmax(-1) @ v[b, :, seen])[:, 0]
+    got = dense_attention(q, k, v, **kwargs)
+    assert torch.allclose(got, expected)
+    weights = torch.randn_like(got)
+    ours = torch.autograd.grad((got * weights).sum(), [q, k, v])
+    theirs = torch.autograd.grad((expected * weights).sum(), [q, k, v], materialize_grads=True)
+    for a, b in zip(ours, theirs): assert torch.allclose(a, b)
+
+
+def test_documents_do_not_see_each_other():
+    "Two documents in one sequence: changing the first leaves the second's logits; padding changes nothing."
+    torch.manual_seed(0)
+    model = Pythia(PythiaConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2)).eval()
+    ids = torch.randint(0, 50, (1, 12))
+    segments = torch.tensor([[0] * 5 + [1] * 7])
+    other = ids.clone()
+    other[0, :5] = torch.randint(0, 50, (5,))
+    a, b = model(ids, segment_ids=segments), model(other, segment_ids=segments)
+    assert torch.equal(a[:, 5:], b[:, 5:]) and not torch.allclose(a[:, :5], b[:, :5])
+    # a segment numbered 0 and padding stay apart
+    a = model(ids, torch.tensor([[0, 0] + [1] * 10]), segment_ids=torch.zeros(1, 12, dtype=torch.long))
+    b = model(other, torch.tensor([[0, 0] + [1] * 10]), segment_ids=torch.zeros(1, 12, dtype=torch.long))
+    ids2 = ids.clone()
+    ids2[0, :2] = 3
+    c = model(ids2, torch.tensor([[0, 0] + [1] * 10]), segment_ids=torch.zeros(1, 12, dtype=torch.long))
+    assert torch.equal(a[:, 2:], c[:, 2:]) and not torch.allclose(a[:, 5:], b[:, 5:])
+
+
+class GrowingCache:
+    "The smallest cache that the model accepts."
+    def __init__(self): self.length, self.held = 0, {}
+    def update(self, layer, k, v):
+        old = self.held.get(layer)
+        self.held[layer] = (k, v) if old is None else (torch.cat([old[0], k], 2), torch.cat([old[1], v], 2))
+        return self.held[layer]
+    def advance(self, n): self.length += n
+
+@torch.no_grad()
+def test_cache_equals_recomputation():
+    "Fed in pieces of different lengths, with padding on the left, the logits are those of the whole sequence."
+    torch.manual_seed(0)
+    model = Pythia(PythiaConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, rotary_pct=1.0)).eval()
+    ids, mask = torch.randint(0, 50, (2, 12)), torch.tensor([[1] * 12, [0] * 3 + [1] * 9])
+    for attention_mask in (None, mask):
+        whole, cache, pieces = model(ids, attention_mask), GrowingCache(), []
+        for a, b in [(0, 5), (5, 6), (6, 10), (10, 12)]:
+            pieces.append(model(ids[:, a:b], None if attention_mask is None else mask[:, :b], cache=cache))
+        assert cache.length == 12 and torch.allclose(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()], atol=1e-5)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda m: m(torch.tensor([[0, 50]])), ["50", "vocabulary of 50", "tokenizer"]),
+    (lambda m: m(torch.tensor([[-1, 3]])), ["-1", "vocabulary"]),
+    (lambda m: m(torch.zeros(2, 0, dtype=torch.long)), ["empty", "[2, 0]"]),
+    (lambda m: m(torch.zeros(0, 2, dtype=torch.long)), ["empty"]),
+    (lambda m: m(torch.zeros(3, dtype=torch.long)), ["[3]", "[batch, length]"]),
+    (lambda m: m(torch.zeros(1, 3)), ["float32", "integers"]),
+    (lambda m: m([[1, 2]]), ["list", "tensor"]),
+    (lambda m: m(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 4)), ["attention_mask", "[1, 4]", "[1, 3]"]),
+    (lambda m: m(torch.zeros(1, 3, dtype=torch.long), segment_ids=torch.ones(3)), ["segment_ids", "[3]"]),
+    (lambda m: m.loss(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)), ["targets", "[1, 2]"]),
+    (lambda m: m.loss(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), 99)), ["targets hold 99", "50"]),
+    (lambda m: m.loss(*torch.zeros(2, 1, 1, dtype=torch.long), chunk=0), ["chunk is 0"]),
+])
+def test_bad_calls(call, words):
+    "One sentence that names what was given."
+    model = Pythia(PythiaConfig(vocab_size=50, hidden_size=32, num_layers=1, num_heads=2))
+    with pytest.raises(ValueError) as e: call(model)
+    assert "\n" not in str(e.value) and all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_bad_configuration():
+    "A name in the place of a configuration."
+    with pytest.raises(TypeError, match="preset"): Pythia("70m")
+
+
+def test_attention_is_handed_in():
+    "One function for all, one for each layer; none of it in the state dict; a bare signature without dropout suffices."
+    calls = []
+    def function(name):
+        def attend(q, k, v, *, segment_ids=None, q_start=None): # no dropout parameter
+            calls.append(name)
+            return dense_attention(q, k, v, segment_ids=segment_ids, q_start=q_start)
+        return attend
+    config = PythiaConfig(vocab_size=50, hidden_size=32, num_layers=3, num_heads=2)
+    model = Pythia(config, pattern=function("all"))
+    ids = torch.randint(0, 50, (2, 9))
+    expected = model(ids)
+    assert calls == ["all"] * 3 and torch.equal(model.set_pattern(None)(ids), expected) and len(calls) == 3
+    model.set_pattern([function("a"), None, function("b")])(ids)
+    assert calls[3:] == ["a", "b"]
+    keys = set(model.state_dict())
+    assert set(model.set_pattern(nn.Identity()).state_dict()) == keys
+    with pytest.raises(ValueError, match="for 2 layers|for 3 layers"): model.set_pattern([None, None])
+
+
+def test_dropout():
+    "Dropout works in training only, on attention and on the residual branches, and keeps the mean."
+    torch.manual_seed(0)
+    ids = torch.randint(0, 50, (2, 9))
+    for field in ("hidden_dropout", "attention_dropout"):
+        config = PythiaConfig.from_dict(dict(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2) | {field: 0.5})
+        model = Pythia(config)
+        assert not torch.equal(model.train()(ids), model(ids))
+        assert torch.equal(model.eval()(ids), model(ids))
+    o = dense_attention(*torch.ones(3, 300, 1, 8, 16), dropout=0.5)
+    assert o.mean().item() == pytest.approx(1.0, abs=0.05) and o.std() > 0.1
+
+
+@pytest.mark.parametrize("init", ["small", "normal"])
+def test_init_distribution(init):
+    "Standard deviations, zeros and ones are where they belong; a seed fixes every number."
+    config = PythiaConfig(vocab_size=1000, hidden_size=256, num_layers=3, num_heads=4, init=init)
+    model = Pythia(config).init_weights(seed=3)
+    std, output_std = (math.sqrt(2 / (5 * 256)), 2 / 3 / 16) if init == "small" else (0.02, 0.02 / math.sqrt(6))
+    for name, p in model.named_parameters():
+        if p.ndim == 1: assert (p == (1.0 if name.endswith("norm.weight") else 0.0)).all()
+        else:
+            wanted = output_std if "attention.dense" in name or "4h_to_h" in name else std
+            assert p.std().item() == pytest.approx(wanted, rel=0.02) and abs(p.mean().item()) < 0.01 * wanted * 5
+    again = Pythia(config, device="meta").to_empty(device="cpu").init_weights(seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert not torch.equal(again.init_weights(seed=4).embed_in.weight, model.embed_in.weight)
+
+
+@pytest.mark.parametrize("name", ["14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b"])
+def test_counts_on_meta(name):
+    "A model on the meta device has the parameters that the formula says, and allocates none."
+    for tied in (False, True):
+        config = PythiaConfig.preset(name, tie_embeddings=tied)
+        model = Pythia(config, device="meta")
+        assert model.num_parameters() == config.num_parameters()
+        assert model.num_parameters(embeddings=False) == config.num_parameters(embeddings=False)
+        assert all(p.is_meta for p in model.parameters()) and not list(model.buffers())
 
 
 def reference_config(config):
@@ -95,52 +249,29 @@ def test_other_fields(changes):
 ])
 @pytest.mark.parametrize("rotary_pct", [0.25, 1.0])
 def test_scaled_rotary_equals_transformers(scaling, rotary_pct):
-    "linear and yarn have transformers' frequencies and logits."
+    "linear and yarn have transformers' logits."
     config = PythiaConfig(vocab_size=97, hidden_size=128, num_layers=2, num_heads=2, rotary_pct=rotary_pct,
                           max_position_embeddings=256, rope_scaling=scaling)
-    ours, theirs = twins(config)
-    theta, magnitude = rotary_frequencies(config)
-    assert torch.allclose(theta, theirs.gpt_neox.rotary_emb.inv_freq, rtol=1e-6)
-    assert magnitude == pytest.approx(theirs.gpt_neox.rotary_emb.attention_scaling)
-    ours, theirs = logits_of_both(ours, theirs, lengths=(151, 90))
+    ours, theirs = logits_of_both(*twins(config), lengths=(151, 90))
     assert (ours - theirs).abs().max() <= 1e-5
 
 
-def test_ntk_ends():
-    "ntk keeps the fastest plane and divides the slowest by the factor."
-    config = PythiaConfig(rotary_pct=1.0)
-    plain, _ = rotary_frequencies(config)
-    scaled, magnitude = rotary_frequencies(PythiaConfig(rotary_pct=1.0, rope_scaling={"type": "ntk", "factor": 8.0}))
-    assert scaled[0] == plain[0] and magnitude == 1.0
-    assert scaled[-1].item() * 8 == pytest.approx(plain[-1].item(), rel=1e-5)
-    assert (scaled[1:] < plain[1:]).all()
-
-
-@pytest.mark.parametrize("name", ["14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b"])
-def test_counts_on_meta(name):
-    "A model on the meta device has the parameters that the formula says, and allocates none."
-    for tied in (False, True):
-        config = PythiaConfig.preset(name, tie_embeddings=tied)
-        model = Pythia(config, device="meta")
-        assert model.num_parameters() == config.num_parameters()
-        assert model.num_parameters(embeddings=False) == config.num_parameters(embeddings=False)
-        assert all(p.is_meta for p in model.parameters()) and not list(model.buffers())
-
-
-@pytest.mark.parametrize("init", ["small", "normal"])
-def test_init_distribution(init):
-    "Standard deviations, zeros and ones are where they belong; a seed fixes every number."
-    config = PythiaConfig(vocab_size=1000, hidden_size=256, num_layers=3, num_heads=4, init=init)
-    model = Pythia(config).init_weights(seed=3)
-    std, output_std = (math.sqrt(2 / (5 * 256)), 2 / 3 / 16) if init == "small" else (0.02, 0.02 / math.sqrt(6))
-    for name, p in model.named_parameters():
-        if p.ndim == 1: assert (p == (1.0 if name.endswith("norm.weight") else 0.0)).all()
-        else:
-            wanted = output_std if "attention.dense" in name or "4h_to_h" in name else std
-            assert p.std().item() == pytest.approx(wanted, rel=0.02) and abs(p.mean().item()) < 0.01 * wanted * 5
-    again = Pythia(config, device="meta").to_empty(device="cpu").init_weights(seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    assert not torch.equal(again.init_weights(seed=4).embed_in.weight, model.embed_in.weight)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_loss_equals_cross_entropy(chunk, tied):
+    "Value and gradients of every parameter, with ignored targets."
+    torch.manual_seed(0)
+    model = Pythia(PythiaConfig(vocab_size=211, hidden_size=32, num_layers=2, num_heads=2, tie_embeddings=tied))
+    ids = torch.randint(0, 211, (3, 22))
+    targets = ids[:, 1:].clone()
+    targets[0, :9], targets[2, 20] = -100, -100
+    expected = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), targets.flatten())
+    got = model.loss(ids[:, :-1], targets, chunk=chunk)
+    assert torch.allclose(got, expected, atol=1e-6)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(got * 3, parameters), torch.autograd.grad(expected * 3, parameters)):
+        assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)
+    with torch.no_grad(): assert torch.allclose(model.loss(ids[:, :-1], targets, chunk=chunk), expected, atol=1e-6)
 
 
 class TensorSizes(TorchDispatchMode):
@@ -163,181 +294,14 @@ def test_loss_never_holds_all_logits(tied):
     assert sizes.largest == 512 * 2000
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_loss_equals_cross_entropy(chunk, tied):
-    "Value and gradients of every parameter, with ignored targets."
-    torch.manual_seed(0)
-    model = Pythia(PythiaConfig(vocab_size=211, hidden_size=32, num_layers=2, num_heads=2, tie_embeddings=tied))
-    ids = torch.randint(0, 211, (3, 22))
-    targets = ids[:, 1:].clone()
-    targets[0, :9], targets[2, 20] = -100, -100
-    expected = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), targets.flatten())
-    got = model.loss(ids[:, :-1], targets, chunk=chunk)
-    assert torch.allclose(got, expected, atol=1e-6)
-    parameters = list(model.parameters())
-    for a, b in zip(torch.autograd.grad(got * 3, parameters), torch.autograd.grad(expected * 3, parameters)):
-        assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)
-    with torch.no_grad(): assert torch.allclose(model.loss(ids[:, :-1], targets, chunk=chunk), expected, atol=1e-6)
-
-
-def test_loss_edges():
-    "Frozen weights get no gradient, all targets ignored is not a number, padding does not count."
-    h, W, t = torch.randn(9, 8, requires_grad=True), torch.randn(20, 8), torch.randint(0, 20, (9,))
-    (got,) = torch.autograd.grad(chunked_cross_entropy(h, W, t, chunk=4), h)
-    assert torch.allclose(got, torch.autograd.grad(F.cross_entropy(h @ W.T, t), h)[0], atol=1e-6)
-    assert chunked_cross_entropy(h, W, torch.full((9,), -100)).isnan()
+def test_padding_does_not_count():
+    "A sequence padded on the left has the loss of the sequence itself."
     model = Pythia(PythiaConfig(vocab_size=50, hidden_size=32, num_layers=1, num_heads=2))
     ids = torch.randint(0, 50, (1, 9))
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
     mask = torch.tensor([[0] * 3 + [1] * 9])[:, :-1]
     got = model.loss(padded[:, :-1], padded[:, 1:], attention_mask=mask)
     assert torch.allclose(got, model.loss(ids[:, :-1], ids[:, 1:]), atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
-def test_loss_in_low_precision(dtype, limit):
-    "Half precision gives the fp32 loss and gradients up to its rounding, under autocast too."
-    torch.manual_seed(0)
-    h, W = torch.randn(300, 32, requires_grad=True), torch.randn(500, 32, requires_grad=True)
-    t = torch.randint(0, 500, (300,))
-    expected = F.cross_entropy(h @ W.T, t)
-    grads = torch.autograd.grad(expected, [h, W])
-    low = [h.detach().to(dtype).requires_grad_(), W.detach().to(dtype).requires_grad_()]
-    got = chunked_cross_entropy(*low, t, chunk=64)
-    assert got.dtype == torch.float32 and got.item() == pytest.approx(expected.item(), rel=limit)
-    for a, b in zip(torch.autograd.grad(got, low), grads):
-        assert a.dtype == dtype and (a.float() - b).norm() < limit * b.norm()
-    with torch.autocast("cpu", dtype=dtype): got = chunked_cross_entropy(h, W, t, chunk=64)
-    for a, b in zip(torch.autograd.grad(got, [h, W]), grads):
-        assert a.dtype == torch.float32 and (a - b).norm() < limit * b.norm()
-
-
-@pytest.mark.parametrize("masks", [{}, {"segments": True}, {"lengths": True}, {"segments": True, "lengths": True}])
-@pytest.mark.parametrize("L, S, q_start", [(7, 7, None), (3, 7, None), (1, 7, None), (1, 7, 3), (2, 9, 4),
-                                           (5, 3, None)])
-def test_dense_attention(L, S, q_start, masks):
-    "Against the definition, with heads that differ; rows that see nothing are zero, with zero gradients."
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 16, dtype=torch.float64, requires_grad=True) for n in (L, S, S))
-    kwargs = dict(q_start=q_start)
-    segments = torch.tensor([[0] * S, [0] * (S // 2) + [1] * (S - S // 2)])
-    lengths = torch.tensor([0, S - 2])
-    if "segments" in masks: kwargs["segment_ids"] = segments
-    if "lengths" in masks: kwargs["kv_lengths"] = lengths
-    start = S - L if q_start is None else q_start
-    expected = torch.zeros(2, 3, L, 16, dtype=torch.float64)
-    for b in range(2):
-        for i in range(L):
-            seen = [j for j in range(S) if j <= start + i and ("lengths" not in masks or j < lengths[b])
-                    and ("segments" not in masks or segments[b, start + i] == segments[b, j])]
-            if seen: expected[b, :, i] = ((q[b, :, i:i + 1] @ k[b, :, seen].mT / 4).softmax(-1) @ v[b, :, seen])[:, 0]
-    got = dense_attention(q, k, v, **kwargs)
-    assert torch.allclose(got, expected)
-    weights = torch.randn_like(got)
-    ours = torch.autograd.grad((got * weights).sum(), [q, k, v])
-    theirs = torch.autograd.grad((expected * weights).sum(), [q, k, v], materialize_grads=True)
-    for a, b in zip(ours, theirs): assert torch.allclose(a, b)
-
-
-def test_documents_do_not_see_each_other():
-    "Two documents in one sequence: changing the first leaves the second's logits; padding changes nothing."
-    torch.manual_seed(0)
-    model = Pythia(PythiaConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2)).eval()
-    ids = torch.randint(0, 50, (1, 12))
-    segments = torch.tensor([[0] * 5 + [1] * 7])
-    other = ids.clone()
-    other[0, :5] = torch.randint(0, 50, (5,))
-    a, b = model(ids, segment_ids=segments), model(other, segment_ids=segments)
-    assert torch.equal(a[:, 5:], b[:, 5:]) and not torch.allclose(a[:, :5], b[:, :5])
-    # a segment numbered 0 and padding stay apart
-    a = model(ids, torch.tensor([[0, 0] + [1] * 10]), segment_ids=torch.zeros(1, 12, dtype=torch.long))
-    b = model(other, torch.tensor([[0, 0] + [1] * 10]), segment_ids=torch.zeros(1, 12, dtype=torch.long))
-    ids2 = ids.clone()
-    ids2[0, :2] = 3
-    c = model(ids2, torch.tensor([[0, 0] + [1] * 10]), segment_ids=torch.zeros(1, 12, dtype=torch.long))
-    assert torch.equal(a[:, 2:], c[:, 2:]) and not torch.allclose(a[:, 5:], b[:, 5:])
-
-
-class GrowingCache:
-    "The smallest cache that the model accepts."
-    def __init__(self): self.length, self.held = 0, {}
-    def update(self, layer, k, v):
-        old = self.held.get(layer)
-        self.held[layer] = (k, v) if old is None else (torch.cat([old[0], k], 2), torch.cat([old[1], v], 2))
-        return self.held[layer]
-    def advance(self, n): self.length += n
-
-@torch.no_grad()
-def test_cache_equals_recomputation():
-    "Fed in pieces of different lengths, with padding on the left, the logits are those of the whole sequence."
-    torch.manual_seed(0)
-    model = Pythia(PythiaConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, rotary_pct=1.0)).eval()
-    ids, mask = torch.randint(0, 50, (2, 12)), torch.tensor([[1] * 12, [0] * 3 + [1] * 9])
-    for attention_mask in (None, mask):
-        whole, cache, pieces = model(ids, attention_mask), GrowingCache(), []
-        for a, b in [(0, 5), (5, 6), (6, 10), (10, 12)]:
-            pieces.append(model(ids[:, a:b], None if attention_mask is None else mask[:, :b], cache=cache))
-        assert cache.length == 12 and torch.allclose(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()], atol=1e-5)
-
-
-def test_attention_is_handed_in():
-    "One function for all, one for each layer; none of it in the state dict; a bare signature without dropout suffices."
-    calls = []
-    def function(name):
-        def attend(q, k, v, *, segment_ids=None, q_start=None): # no dropout parameter
-            calls.append(name)
-            return dense_attention(q, k, v, segment_ids=segment_ids, q_start=q_start)
-        return attend
-    config = PythiaConfig(vocab_size=50, hidden_size=32, num_layers=3, num_heads=2)
-    model = Pythia(config, pattern=function("all"))
-    ids = torch.randint(0, 50, (2, 9))
-    expected = model(ids)
-    assert calls == ["all"] * 3 and torch.equal(model.set_pattern(None)(ids), expected) and len(calls) == 3
-    model.set_pattern([function("a"), None, function("b")])(ids)
-    assert calls[3:] == ["a", "b"]
-    keys = set(model.state_dict())
-    assert set(model.set_pattern(nn.Identity()).state_dict()) == keys
-    with pytest.raises(ValueError, match="for 2 layers|for 3 layers"): model.set_pattern([None, None])
-
-
-def test_dropout():
-    "Dropout works in training only, on attention and on the residual branches, and keeps the mean."
-    torch.manual_seed(0)
-    ids = torch.randint(0, 50, (2, 9))
-    for field in ("hidden_dropout", "attention_dropout"):
-        config = PythiaConfig.from_dict(dict(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2) | {field: 0.5})
-        model = Pythia(config)
-        assert not torch.equal(model.train()(ids), model(ids))
-        assert torch.equal(model.eval()(ids), model(ids))
-    o = dense_attention(*torch.ones(3, 300, 1, 8, 16), dropout=0.5)
-    assert o.mean().item() == pytest.approx(1.0, abs=0.05) and o.std() > 0.1
-
-
-@pytest.mark.parametrize("call, words", [
-    (lambda m: m(torch.tensor([[0, 50]])), ["50", "vocabulary of 50", "tokenizer"]),
-    (lambda m: m(torch.tensor([[-1, 3]])), ["-1", "vocabulary"]),
-    (lambda m: m(torch.zeros(2, 0, dtype=torch.long)), ["empty", "[2, 0]"]),
-    (lambda m: m(torch.zeros(0, 2, dtype=torch.long)), ["empty"]),
-    (lambda m: m(torch.zeros(3, dtype=torch.long)), ["[3]", "[batch, length]"]),
-    (lambda m: m(torch.zeros(1, 3)), ["float32", "integers"]),
-    (lambda m: m([[1, 2]]), ["list", "tensor"]),
-    (lambda m: m(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 4)), ["attention_mask", "[1, 4]", "[1, 3]"]),
-    (lambda m: m(torch.zeros(1, 3, dtype=torch.long), segment_ids=torch.ones(3)), ["segment_ids", "[3]"]),
-    (lambda m: m.loss(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)), ["targets", "[1, 2]"]),
-    (lambda m: m.loss(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), 99)), ["targets hold 99", "50"]),
-    (lambda m: m.loss(*torch.zeros(2, 1, 1, dtype=torch.long), chunk=0), ["chunk is 0"]),
-])
-def test_bad_calls(call, words):
-    "One sentence that names what was given."
-    model = Pythia(PythiaConfig(vocab_size=50, hidden_size=32, num_layers=1, num_heads=2))
-    with pytest.raises(ValueError) as e: call(model)
-    assert "\n" not in str(e.value) and all(word in str(e.value) for word in words), str(e.value)
-
-
-def test_bad_configuration():
-    "A name in the place of a configuration."
-    with pytest.raises(TypeError, match="preset"): Pythia("70m")
 
 
 def test_copies_and_types():
