@@ -25,8 +25,8 @@ import torch
 
 from .charts import attention_table, break_even_text, density_chart, draw_charts, good_rows, length_chart, model_table, report, roofline_chart
 from .contenders import CONTENDERS, DENSE, Case, available, case_pattern, check_once, measure_attention, measure_limits, measure_model, problem
+from .folders import replacing
 from .recipe import usual_dtype
-from .weights import replacing
 
 # %% ../nbs/18b_benchmark.ipynb #ebce99b1
 PATTERNS = ("dense", "local(4)", "strided(8)", "mixed(4, 8)", "fixed(8, 1)", "dilated(8, 4)", "sinks(2)", "global_tokens(2)", "longformer(4, 2)", "bigbird(3, 2, 3)",

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .weights import replacing
+from .folders import replacing
 
 try:
     from execnb.nbio import mk_cell, nb2str, new_nb

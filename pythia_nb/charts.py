@@ -13,8 +13,8 @@ from pathlib import Path
 
 from .config import PythiaConfig, Table
 from .contenders import DENSE, Case, case_pattern, share_of_limit
+from .folders import replacing
 from .pictures import book_style, density_limit, length_axis, look, plain_numbers, roofline
-from .weights import replacing
 
 # %% ../nbs/18a_charts.ipynb #2d93c77c
 def good_rows(

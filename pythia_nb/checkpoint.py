@@ -23,8 +23,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from .folders import replacing, sync
 from .recipe import Alone, TrainConfig
-from .weights import replacing, saved_config, sync
+from .weights import saved_config
 
 # %% ../nbs/14d_checkpoint.ipynb #0998cd77
 def state_tensors(

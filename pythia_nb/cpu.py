@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .folders import replacing
 from .layout import BlockLayout
 from .reference import all_segments
-from .weights import replacing
 
 # %% ../nbs/06_cpu.ipynb #06d1eb84
 class BuildError(RuntimeError):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .weights import replacing
+from .folders import replacing
 
 # %% ../nbs/13_generate.ipynb #db0b0024
 END_OF_TEXT = "<|endoftext|>"

@@ -28,10 +28,10 @@ import tokenizers
 from tqdm import tqdm
 
 from .corpora import learn_bpe
+from .folders import fetch, replacing
 from .generate import END_OF_TEXT, Tokenizer
 from .sources import TextPiece, open_source, sample_texts
 from .tokens import MANIFEST, JoinedTokens, TokenFile, check_weights, digest, open_tokens, read_manifest, token_writer
-from .weights import fetch, replacing
 
 # %% ../nbs/14b_prepare.ipynb #6f717472
 class Load(NamedTuple):

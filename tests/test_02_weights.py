@@ -10,61 +10,37 @@ import torch
 from pathlib import Path
 from pythia_nb.config import PythiaConfig
 from pythia_nb.model import Pythia
-from pythia_nb.weights import config_from_hf, config_to_hf, load_config, replacing
+from pythia_nb.weights import config_from_hf, config_to_hf, load_config
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 
-PEAK_PROGRAM = """
-import ctypes, gc, json, sys, torch
-from safetensors.torch import load_file
-from pythia_nb.model import Pythia
-from pythia_nb.weights import load_config
-
-def status(key): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
-def plain(folder):
-    model = Pythia(load_config(folder), device="meta").to_empty(device="cpu")
-    model.load_state_dict({k.removeprefix("gpt_neox."): v for k, v in load_file(folder + "/model.safetensors").items()})
-    return model
-Pythia.from_pretrained(sys.argv[1])  # what torch sets up once does not count
-peaks = {}
-for case, folder, dtype in json.loads(sys.argv[2]):
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"): libc.malloc_trim(0)  # no room left from the case before
-    open("/proc/self/clear_refs", "w").write("5")  # forget the highest value so far
-    before = status("VmRSS")
-    model = plain(folder) if case == "plain" else Pythia.from_pretrained(folder, dtype=dtype)
-    peaks[case] = [status("VmHWM") - before, sum(p.nbytes for p in model.parameters())]
-    del model
-print(json.dumps(peaks))
-"""
-
-def measure_peaks(warmup, cases):
-    "name -> (highest memory while loading, bytes of the model), for cases of (name, folder, dtype), in a new process."
-    command = [sys.executable, "-c", PEAK_PROGRAM, str(warmup), json.dumps(cases)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+def test_the_hubs_configuration():
+    "The configuration as it stands beside the published pythia-70m."
+    values = json.loads("""{"architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0,
+        "hidden_act": "gelu", "hidden_size": 512, "initializer_range": 0.02, "intermediate_size": 2048,
+        "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "model_type": "gpt_neox",
+        "num_attention_heads": 8, "num_hidden_layers": 6,
+        "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": false, "torch_dtype": "float16",
+        "transformers_version": "4.24.0", "use_cache": true, "use_parallel_residual": true, "vocab_size": 50304}""")
+    assert config_from_hf(values) == PythiaConfig.preset("70m")
 
 
-def save_bin(model, folder, shards=1, unembedding="embed_out.weight", prefix="gpt_neox.", buffers=True, config=None):
-    "Save as `pytorch_model.bin`, as transformers 4 did."
-    folder = Path(folder)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config or config_to_hf(model.config, model.dtype)))
-    state = {unembedding if k == "embed_out.weight" else prefix + k: v for k, v in model.state_dict().items()}
-    for i in range(model.config.num_layers if buffers else 0):
-        at = f"{prefix}layers.{i}.attention."
-        state |= {at + "bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), at + "masked_bias": torch.tensor(-1e9),
-                  at + "rotary_emb.inv_freq": torch.ones(4)}
-    names = sorted(state)
-    file = lambda i: f"pytorch_model-{i + 1:05}-of-{shards:05}.bin" if shards > 1 else "pytorch_model.bin"
-    files = {file(i): names[i::shards] for i in range(shards)}
-    for file, part in files.items(): torch.save({n: state[n] for n in part}, folder / file)
-    if shards > 1:
-        weight_map = {n: file for file, part in files.items() for n in part}
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
+def test_config_spellings():
+    "rotary_pct, rope_parameters, rope_scaling and the names in between give the same configuration."
+    base = config_to_hf(PythiaConfig(rotary_pct=0.5, rotary_base=500.0))
+    base = {k: v for k, v in base.items() if not k.startswith(("rot", "rope"))}
+    scaling = {"type": "linear", "factor": 2.0}
+    old = {"rotary_pct": 0.5, "rotary_emb_base": 500}
+    middle = {"partial_rotary_factor": 0.5, "rope_theta": 500.0}
+    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+    assert {config_from_hf(base | x) for x in (old, middle, new)} == {PythiaConfig(rotary_pct=0.5, rotary_base=500.0)}
+    scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0} | middle}
+    for x in (old | {"rope_scaling": scaling}, scaled):
+        assert config_from_hf(base | x) == PythiaConfig(rotary_pct=0.5, rotary_base=500.0, rope_scaling=scaling)
+    theirs = GPTNeoXConfig(**config_to_hf(PythiaConfig(rotary_pct=0.5, rotary_base=500.0, rope_scaling=scaling)))
+    assert theirs.rope_parameters.items() >= scaled["rope_parameters"].items()
+    assert config_from_hf(base | {"hidden_act": "gelu_fast"}).hidden_act == "gelu_new"
 
 
 def small(**changes):
@@ -87,26 +63,24 @@ def same_logits(a, b):
     return torch.equal(a, b)
 
 
-@pytest.mark.parametrize("shard_size", ["5GB", "150KB"])
-@pytest.mark.parametrize("changes", [
-    {}, dict(tie_embeddings=True), dict(parallel_residual=False, rotary_pct=1.0, intermediate_size=100),
-    dict(attention_bias=False), dict(hidden_act="relu", layer_norm_eps=1e-3, rotary_base=500.0),
-    dict(rope_scaling={"type": "linear", "factor": 2.0}),
-    dict(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, rotary_pct=1.0),
-    dict(rope_scaling={"type": "ntk", "factor": 4.0}, rotary_pct=1.0)])
-def test_round_trips(tmp_path, changes, shard_size):
-    "ours -> folder -> transformers -> folder -> ours, with identical logits at every station."
-    model = small(**changes)
-    model.save_pretrained(tmp_path / "ours", max_shard_size=shard_size)
-    assert (tmp_path / "ours/model.safetensors.index.json").exists() == (shard_size == "150KB")
-    theirs, info = GPTNeoXForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert same_logits(model, theirs.eval()) and same_logits(model, Pythia.from_pretrained(tmp_path / "ours"))
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard_size)
-    again = Pythia.from_pretrained(tmp_path / "theirs")
-    assert same_logits(model, again) and not again.training
-    if changes.get("rope_scaling", {}).get("type") != "ntk": assert again.config == model.config
-    assert load_config(tmp_path / "ours") == model.config
+def save_bin(model, folder, shards=1, unembedding="embed_out.weight", prefix="gpt_neox.", buffers=True, config=None):
+    "Save as `pytorch_model.bin`, as transformers 4 did."
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config or config_to_hf(model.config, model.dtype)))
+    state = {unembedding if k == "embed_out.weight" else prefix + k: v for k, v in model.state_dict().items()}
+    for i in range(model.config.num_layers if buffers else 0):
+        at = f"{prefix}layers.{i}.attention."
+        state |= {at + "bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), at + "masked_bias": torch.tensor(-1e9),
+                  at + "rotary_emb.inv_freq": torch.ones(4)}
+    names = sorted(state)
+    file = lambda i: f"pytorch_model-{i + 1:05}-of-{shards:05}.bin" if shards > 1 else "pytorch_model.bin"
+    files = {file(i): names[i::shards] for i in range(shards)}
+    for file, part in files.items(): torch.save({n: state[n] for n in part}, folder / file)
+    if shards > 1:
+        weight_map = {n: file for file, part in files.items() for n in part}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -135,32 +109,43 @@ def test_odd_bin(tmp_path):
         assert same_logits(model, Pythia.from_pretrained(folder))
 
 
-def test_config_spellings():
-    "rotary_pct, rope_parameters, rope_scaling and the names in between give the same configuration."
-    base = config_to_hf(PythiaConfig(rotary_pct=0.5, rotary_base=500.0))
-    base = {k: v for k, v in base.items() if not k.startswith(("rot", "rope"))}
-    scaling = {"type": "linear", "factor": 2.0}
-    old = {"rotary_pct": 0.5, "rotary_emb_base": 500}
-    middle = {"partial_rotary_factor": 0.5, "rope_theta": 500.0}
-    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
-    assert {config_from_hf(base | x) for x in (old, middle, new)} == {PythiaConfig(rotary_pct=0.5, rotary_base=500.0)}
-    scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0} | middle}
-    for x in (old | {"rope_scaling": scaling}, scaled):
-        assert config_from_hf(base | x) == PythiaConfig(rotary_pct=0.5, rotary_base=500.0, rope_scaling=scaling)
-    theirs = GPTNeoXConfig(**config_to_hf(PythiaConfig(rotary_pct=0.5, rotary_base=500.0, rope_scaling=scaling)))
-    assert theirs.rope_parameters.items() >= scaled["rope_parameters"].items()
-    assert config_from_hf(base | {"hidden_act": "gelu_fast"}).hidden_act == "gelu_new"
+def test_hub_folder(tmp_path, monkeypatch):
+    "A name on the Hub is fetched: safetensors first, .bin if there are none; a name that leads nowhere says so."
+    model, asked = small(), []
+    save_bin(model, tmp_path / "bin")
+    model.save_pretrained(tmp_path / "safe")
+    class Hub:
+        @staticmethod
+        def snapshot_download(name, revision=None, allow_patterns=None):
+            asked.append((revision, "*.bin" in allow_patterns))
+            return tmp_path / name.split("/")[1]
+    monkeypatch.setattr(importlib, "import_module", lambda name: Hub)
+    assert same_logits(model, Pythia.from_pretrained("x/safe", revision="step3000")) and asked == [("step3000", False)]
+    assert same_logits(model, Pythia.from_pretrained("x/bin", "step1"))
+    assert asked[1:] == [("step1", False), ("step1", True)]
+    with pytest.raises(FileNotFoundError, match="no folder"): Pythia.from_pretrained(tmp_path / "none")
 
 
-def test_the_hubs_configuration():
-    "The configuration as it stands beside the published pythia-70m."
-    values = json.loads("""{"architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0,
-        "hidden_act": "gelu", "hidden_size": 512, "initializer_range": 0.02, "intermediate_size": 2048,
-        "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "model_type": "gpt_neox",
-        "num_attention_heads": 8, "num_hidden_layers": 6,
-        "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": false, "torch_dtype": "float16",
-        "transformers_version": "4.24.0", "use_cache": true, "use_parallel_residual": true, "vocab_size": 50304}""")
-    assert config_from_hf(values) == PythiaConfig.preset("70m")
+@pytest.mark.parametrize("shard_size", ["5GB", "150KB"])
+@pytest.mark.parametrize("changes", [
+    {}, dict(tie_embeddings=True), dict(parallel_residual=False, rotary_pct=1.0, intermediate_size=100),
+    dict(attention_bias=False), dict(hidden_act="relu", layer_norm_eps=1e-3, rotary_base=500.0),
+    dict(rope_scaling={"type": "linear", "factor": 2.0}),
+    dict(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, rotary_pct=1.0),
+    dict(rope_scaling={"type": "ntk", "factor": 4.0}, rotary_pct=1.0)])
+def test_round_trips(tmp_path, changes, shard_size):
+    "ours -> folder -> transformers -> folder -> ours, with identical logits at every station."
+    model = small(**changes)
+    model.save_pretrained(tmp_path / "ours", max_shard_size=shard_size)
+    assert (tmp_path / "ours/model.safetensors.index.json").exists() == (shard_size == "150KB")
+    theirs, info = GPTNeoXForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert same_logits(model, theirs.eval()) and same_logits(model, Pythia.from_pretrained(tmp_path / "ours"))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard_size)
+    again = Pythia.from_pretrained(tmp_path / "theirs")
+    assert same_logits(model, again) and not again.training
+    if changes.get("rope_scaling", {}).get("type") != "ntk": assert again.config == model.config
+    assert load_config(tmp_path / "ours") == model.config
 
 
 def test_types_devices_overrides(tmp_path):
@@ -267,42 +252,6 @@ def test_damaged_shards_and_bins(tmp_path):
     with pytest.raises(ValueError, match="no file of tensors"): Pythia.from_pretrained(folder)
 
 
-def test_names_that_lead_nowhere(tmp_path, monkeypatch):
-    "No folder, a file, no huggingface_hub, no network."
-    with pytest.raises(FileNotFoundError, match="no folder"): Pythia.from_pretrained(tmp_path / "none")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"): Pythia.from_pretrained(tmp_path / "file")
-    class Hub:
-        calls = []
-        @staticmethod
-        def snapshot_download(name, revision=None, allow_patterns=None):
-            Hub.calls.append((name, revision))
-            raise ConnectionError("no route\nto host")
-    monkeypatch.setattr(importlib, "import_module", lambda name: Hub)
-    with pytest.raises(OSError, match="EleutherAI/pythia-70m.*step3000.*no route to host") as e:
-        Pythia.from_pretrained("EleutherAI/pythia-70m", revision="step3000")
-    assert "\n" not in str(e.value) and Hub.calls == [("EleutherAI/pythia-70m", "step3000")]
-    def missing(name): raise ImportError(name)
-    monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(ImportError, match="pip install"): Pythia.from_pretrained("EleutherAI/pythia-70m")
-
-
-def test_hub_folder(tmp_path, monkeypatch):
-    "A name on the Hub is fetched: safetensors first, .bin if there are none."
-    model, asked = small(), []
-    save_bin(model, tmp_path / "bin")
-    model.save_pretrained(tmp_path / "safe")
-    class Hub:
-        @staticmethod
-        def snapshot_download(name, revision=None, allow_patterns=None):
-            asked.append((revision, "*.bin" in allow_patterns))
-            return tmp_path / name.split("/")[1]
-    monkeypatch.setattr(importlib, "import_module", lambda name: Hub)
-    assert same_logits(model, Pythia.from_pretrained("x/safe", revision="step3000")) and asked == [("step3000", False)]
-    assert same_logits(model, Pythia.from_pretrained("x/bin", "step1"))
-    assert asked[1:] == [("step1", False), ("step1", True)]
-
-
 def content(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
 
 class PowerCut(BaseException):
@@ -341,17 +290,6 @@ def test_overwriting_is_safe(tmp_path, monkeypatch, old_size, new_size, dead):
     assert content(folder) == content(fresh) | {"tokenizer.json": b"mine"}
 
 
-def test_replacing_keeps_the_old_file(tmp_path):
-    "An error inside the block changes nothing and leaves nothing."
-    path = tmp_path / "f"
-    with replacing(path) as t: t.write_bytes(b"old")
-    with pytest.raises(RuntimeError):
-        with replacing(path) as t:
-            t.write_bytes(b"ne")
-            raise RuntimeError
-    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
-
-
 def test_failures_leave_the_old_save(tmp_path, monkeypatch):
     "A full disk while writing, a file in the way, a folder that cannot be written, a size that is none."
     folder = small().save_pretrained(tmp_path / "m")
@@ -370,6 +308,38 @@ def test_failures_leave_the_old_save(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="choose a folder"): small().save_pretrained("/proc/nowhere/model")
     for size in ("5 apples", -1, 0, "", True):
         with pytest.raises(ValueError, match="size"): small().save_pretrained(tmp_path / "x", max_shard_size=size)
+
+
+PEAK_PROGRAM = """
+import ctypes, gc, json, sys, torch
+from safetensors.torch import load_file
+from pythia_nb.model import Pythia
+from pythia_nb.weights import load_config
+
+def status(key): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+def plain(folder):
+    model = Pythia(load_config(folder), device="meta").to_empty(device="cpu")
+    model.load_state_dict({k.removeprefix("gpt_neox."): v for k, v in load_file(folder + "/model.safetensors").items()})
+    return model
+Pythia.from_pretrained(sys.argv[1])  # what torch sets up once does not count
+peaks = {}
+for case, folder, dtype in json.loads(sys.argv[2]):
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"): libc.malloc_trim(0)  # no room left from the case before
+    open("/proc/self/clear_refs", "w").write("5")  # forget the highest value so far
+    before = status("VmRSS")
+    model = plain(folder) if case == "plain" else Pythia.from_pretrained(folder, dtype=dtype)
+    peaks[case] = [status("VmHWM") - before, sum(p.nbytes for p in model.parameters())]
+    del model
+print(json.dumps(peaks))
+"""
+
+def measure_peaks(warmup, cases):
+    "name -> (highest memory while loading, bytes of the model), for cases of (name, folder, dtype), in a new process."
+    command = [sys.executable, "-c", PEAK_PROGRAM, str(warmup), json.dumps(cases)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
