@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from .cuda_basics import MASKS, Kernel, Recipe, aligned, as_given, clear, in_steps, masks_for, pack_params, recipe_for
-from .cuda_forward import Tile, choose_tile, combine_blocks, cuda_kernel, make_plan, multiprocessors, partial_rows, simulate_work, source_hash
+from .cuda_forward import choose_tile, combine_blocks, cuda_kernel, make_plan, multiprocessors, partial_rows, simulate_work, source_hash
 from .layout import BlockLayout
 from .schedule import schedule
+from .tensor_cores import Tile
 
 # %% ../nbs/08_cuda_backward.ipynb #e6e7e33a
 def dq_units(do: Tensor, dlse: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:    # R [L, 1] and C [D]
