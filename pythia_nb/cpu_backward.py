@@ -11,8 +11,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .cpu import KERNELS, bf16_products, cpu_kernel, fill_params, row_wise, side_by_side, whole_rows
+from .cpu import KERNELS, cpu_kernel, fill_params, row_wise, side_by_side, whole_rows
 from .layout import BlockLayout
+from .native import bf16_products
 
 # %% ../nbs/06a_cpu_backward.ipynb #5decd6a9
 BACKWARD = r'''

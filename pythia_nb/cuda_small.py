@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from .cuda_basics import Kernel, forward_call
-from .cuda_forward import COMBINE, Tile, Work, forward_recipe, kernel_source, simulate_work, source_hash
+from .cuda_forward import COMBINE, Work, forward_recipe, kernel_source, simulate_work, source_hash
 from .layout import BlockLayout
 from .schedule import schedule
+from .tensor_cores import Tile
 
 # %% ../nbs/07a_cuda_small_blocks.ipynb #32ae54bf
 def simulate_steps(w: Work, row0: int, N: int, EN: int, E: int, sees):

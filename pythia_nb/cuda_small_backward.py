@@ -17,10 +17,11 @@ from torch import Tensor
 
 from .cuda_backward import COMBINE_COLUMNS, cuda_backward, with_copies
 from .cuda_basics import MASKS, Kernel, Recipe, in_steps, masks_for, pack_params, recipe_for
-from .cuda_forward import Tile, Work, combine_blocks, make_plan, partial_rows, simulate_work, source_hash
+from .cuda_forward import Work, combine_blocks, make_plan, partial_rows, simulate_work, source_hash
 from .cuda_small import PIECES, SMALL_HEAD_DIMS, is_small, simulate_steps, small_shared, small_source
 from .layout import BlockLayout
 from .schedule import schedule
+from .tensor_cores import Tile
 
 # %% ../nbs/08a_cuda_small_backward.ipynb #a10f0ada
 def gather_entries(taken: list, K: int, N: int, first: int, count: int, missing: int):    # count: rows of the tensor, first: its position

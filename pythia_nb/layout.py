@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import patch
-from .patterns import Grid, Pattern, draw_blocks
+from .named_patterns import Grid, Pattern, draw_blocks
 
 # %% ../nbs/04_layout.ipynb #ba2f35b3
 BLOCKS = (16, 32, 64, 128)    # block sizes that every backend supports
@@ -241,7 +241,7 @@ def codes(self: BlockLayout) -> Tensor:
 @patch
 def show(self: BlockLayout, axes=None):
     "Draw the layout, full blocks dark and partial ones light, a picture for each head; returns the axes"
-    import matplotlib.pyplot as plt    # lazily, as in the chapter on patterns
+    import matplotlib.pyplot as plt    # lazily, as draw_blocks does
     codes = self.codes()
     if axes is None:
         axes = plt.subplots(1, self.heads, figsize=(3.2 * self.heads, 3.4), squeeze=False, layout="constrained")[1][0]

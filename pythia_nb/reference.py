@@ -304,8 +304,9 @@ def check_forward(
 class Pair(torch.autograd.Function):
     "A forward and a backward kernel as one differentiable function"
     @staticmethod
-    def forward(ctx, q, k, v, layout, masks, forward, backward):
-        ctx.rest, ctx.kernel = (layout, q.shape[-1]**-0.5, split_segments(layout, masks.get("segment_ids")), masks.get("kv_lengths")), backward
+    def forward(ctx, q, k, v, layout, kw, forward, backward):
+        scale = kw.get("scale") or q.shape[-1]**-0.5
+        ctx.rest, ctx.kernel = (layout, scale, split_segments(layout, kw.get("segment_ids")), kw.get("kv_lengths")), backward
         o, lse = forward(q, k, v, *ctx.rest)
         ctx.save_for_backward(q, k, v, o, lse)
         return o, lse
@@ -318,4 +319,4 @@ def as_function(
     backward,    # fn(do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths) -> (dq, dk, dv)
 ):
     "Two kernels as `check_attention` takes them"
-    return lambda q, k, v, layout, **masks: Pair.apply(q, k, v, layout, masks, forward, backward)
+    return lambda q, k, v, layout, **kw: Pair.apply(q, k, v, layout, kw, forward, backward)

@@ -8,8 +8,8 @@ __all__ = ['memory_bytes', 'fetched_blocks', 'cache_bytes', 'two_kernels_bytes']
 # %% ../nbs/18c_roofline.ipynb #e0259e9f
 import torch
 
-from .cuda_forward import Tile
 from .layout import BlockLayout
+from .tensor_cores import Tile
 
 # %% ../nbs/18c_roofline.ipynb #14947c65
 def memory_bytes(

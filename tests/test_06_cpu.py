@@ -1,58 +1,15 @@
 "Tests of 06_cpu. Generated from nbs/06_cpu.ipynb: edit that, then run pythia_book build."
 import ctypes
 import math
-import os
 import pytest
 import subprocess
 import sys
 import torch
 from pathlib import Path
 from pythia_nb import patterns as P
-from pythia_nb.cpu import (
-    BuildError, EXP, HEAD, SETTINGS, VECTORS, compiled, compiler, cpu_forward, cpu_kernel, intact, openmp_runtime,
-    target,
-)
+from pythia_nb.cpu import EXP, HEAD, SETTINGS, VECTORS, cpu_forward, cpu_kernel
+from pythia_nb.native import compiled, openmp_runtime, target
 from pythia_nb.reference import attention_oracle, errors, low_precision_reference
-
-
-TINY = 'extern "C" int answer() { return 41 + 1; }'
-def answer(): return ctypes.CDLL(str(compiled(TINY))).answer()
-
-def test_a_corrupted_file_is_rebuilt(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHIA_NB_CACHE", str(tmp_path))
-    assert answer() == 42
-    path = compiled(TINY)
-    whole = path.read_bytes()
-    for broken in (whole[:1000], whole[:-1], b"", whole[:500] + b"x" + whole[501:]):
-        damaged = tmp_path / "damaged"
-        damaged.write_bytes(broken)
-        os.replace(damaged, path)
-        assert not intact(path) and intact(compiled(TINY)) and answer() == 42
-
-RACE = '''
-import ctypes, sys
-from pythia_nb.cpu import compiled
-print(ctypes.CDLL(str(compiled(sys.argv[1]))).answer())
-'''
-
-def test_two_processes_may_start_at_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHIA_NB_CACHE", str(tmp_path))
-    both = [subprocess.Popen([sys.executable, "-c", RACE, TINY], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [p.communicate()[0].strip() for p in both] == ["42"] * 3
-    assert [f.suffix for f in tmp_path.iterdir()] == [".so"]
-
-
-def test_a_missing_or_failing_compiler_gets_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setenv("PYTHIA_NB_CACHE", str(tmp_path))
-    with pytest.raises(BuildError, match="failed: .*error") as error: compiled("this is no code")
-    assert "\n" not in str(error.value)
-    monkeypatch.setenv("PATH", str(tmp_path)); monkeypatch.delenv("CXX", raising=False)
-    compiler.cache_clear(); target.cache_clear()
-    with pytest.raises(BuildError, match="no C\\+\\+ compiler; install one"): compiled(TINY)
-    monkeypatch.undo()
-    compiler.cache_clear(); target.cache_clear()
-    monkeypatch.setenv("PYTHIA_NB_CACHE", "/dev/null/cache")
-    with pytest.raises(BuildError, match="name another folder"): compiled(TINY)
 
 
 POWERS = """
@@ -90,6 +47,7 @@ def test_not_a_number_in_is_not_a_number_out():
     o, _ = cpu_forward(q, k, v, layout, 0.2, None, None)
     assert o[0, 0, 20:48].isnan().all() and o[0, 0, :20].isfinite().all() and o[0, 0, 48:].isfinite().all()
 
+
 def test_one_pool_of_threads():
     if openmp_runtime() is None: pytest.skip("PyTorch's OpenMP runtime is not one that this compiler's code can use")
     cpu_kernel("forward", 64, False)
@@ -100,7 +58,8 @@ def test_one_pool_of_threads():
 PORTABLE = """
 import sys, torch
 from pythia_nb import patterns as P
-from pythia_nb.cpu import bf16_products, cpu_forward
+from pythia_nb.cpu import cpu_forward
+from pythia_nb.native import bf16_products
 from pythia_nb.reference import attention_oracle
 assert not bf16_products()
 layout = P.bigbird(1, 1, 1).layout(150, block=32)

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import torch
 from pythia_nb import patterns as P
-from pythia_nb.cpu import FLAGS, Params, compiler, cpu_forward, kernel_source
+from pythia_nb.cpu import Params, cpu_forward, kernel_source
 from pythia_nb.cpu_backward import cpu_backward
 from pythia_nb.layout import BlockLayout
+from pythia_nb.native import FLAGS, compiler
 from pythia_nb.reference import check_attention
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 

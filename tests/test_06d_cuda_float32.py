@@ -8,7 +8,7 @@ from pythia_nb import patterns as P
 from pythia_nb.cuda_basics import HEAD_DIMS, check_compiles
 from pythia_nb.cuda_float32 import TILES, float32_backward, float32_forward, float32_hash, float32_source
 from pythia_nb.layout import BlockLayout
-from pythia_nb.reference import attention_oracle, blockwise_backward, check_attention, split_segments
+from pythia_nb.reference import as_function, attention_oracle, blockwise_backward, check_attention
 from pythia_nb.schedule import schedule
 
 
@@ -134,19 +134,6 @@ def test_every_variant_compiles_without_spills(kind, D, N):
     for t in TILES[kind][D]: check_compiles(float32_source(kind, D, N, *t))
 
 
-class Float32(torch.autograd.Function):
-    "Forward and backward kernels as one differentiable function, for the judge"
-    @staticmethod
-    def forward(ctx, q, k, v, layout, kw):
-        segments = split_segments(layout, kw.get("segment_ids"))
-        ctx.rest = (layout, kw.get("scale") or q.shape[-1]**-0.5, segments, kw.get("kv_lengths"))
-        o, lse = float32_forward(q, k, v, *ctx.rest)
-        ctx.save_for_backward(q, k, v, o, lse)
-        return o, lse
-
-    @staticmethod
-    def backward(ctx, do, dlse): return *float32_backward(do, dlse, *ctx.saved_tensors, *ctx.rest), None, None
-
 def float32_problem(D, N, kind, device="cuda", B=2, H=3):
     "A random problem: kind 0 plain, 1 strided views, not causal, lists for each head, 2 documents, key counts, other lengths, 3 long lists in parts"
     L = int(torch.randint(1, 5 * N, ())) if kind < 3 else 4096 + 3 * N + 5
@@ -171,7 +158,7 @@ def judge(q, k, v, layout, **kw):
         if lengths is not None:
             gone = (torch.arange(layout.S, device=k.device) >= lengths[:, None])[:, None, :, None]
             k, v = (t.masked_fill(gone, math.nan) for t in (k, v))    # its gradient there is zero whatever the kernel gives
-        return Float32.apply(q, k, v, layout, kw)
+        return as_function(float32_forward, float32_backward)(q, k, v, layout, **kw)
     return check_attention(attention, q, k, v, layout, **kw)
 
 

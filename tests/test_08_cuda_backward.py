@@ -7,8 +7,7 @@ from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from pythia_nb import patterns as P
 from pythia_nb.cuda_backward import (
-    AROUND, AROUND_TILE, MAIN, backward_hash, backward_parts, backward_shared, backward_tiles, cuda_backward,
-    simulate_backward,
+    MAIN, backward_hash, backward_parts, backward_shared, backward_tiles, cuda_backward, simulate_backward,
 )
 from pythia_nb.cuda_basics import HEAD_DIMS, Operations, check_compiles, params_at
 from pythia_nb.cuda_forward import cuda_forward, kernel_source
@@ -50,7 +49,6 @@ def test_the_order_of_the_thread_blocks_does_not_show_in_dq():
 def test_every_variant_compiles_without_spills(D, N):
     for t in backward_tiles(D, N):
         for part in backward_parts(D): check_compiles(kernel_source(MAIN, D, N, t, part=part))
-    check_compiles(kernel_source(AROUND, D, N, AROUND_TILE))
 
 def test_fp16_compiles(): check_compiles(kernel_source(MAIN, 64, 64, backward_tiles(64, 64)[0], bf16=False))
 

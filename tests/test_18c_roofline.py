@@ -1,8 +1,8 @@
 "Tests of 18c_roofline. Generated from nbs/18c_roofline.ipynb: edit that, then run pythia_book build."
 from itertools import product
 from pythia_nb import patterns as P
-from pythia_nb.cuda_forward import Tile
 from pythia_nb.roofline import fetched_blocks
+from pythia_nb.tensor_cores import Tile
 
 
 def test_fetched_blocks_are_the_union_of_a_group():
