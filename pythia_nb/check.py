@@ -26,9 +26,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from .book import (
-    Book, BookError, body, build, clean_env, cleaned, copied, differences, find_book, is_exported, made_files, option,
-    read_chapter, run_python, unclean, write_whole)
+from .book import Book, BookError, body, cleaned, find_book, is_exported, option, read_chapter, write_whole
+from .made import build, clean_env, copied, differences, made_files, run_python, unclean
 
 try:
     import nbformat

@@ -4,10 +4,11 @@ import pytest
 from collections import Counter
 from execnb.nbio import mk_cell, new_nb
 from nbdev.process import NBProcessor
-from pythia_nb.book import AREA, BookError, build, copied, read_chapter, small_book, unclean, write_whole
+from pythia_nb.book import AREA, BookError, read_chapter, small_book, write_whole
 from pythia_nb.check import (
     check, docs_problems, lint, picture_traps, run_chapter, skipped_by, source_traps, try_notebook,
 )
+from pythia_nb.made import build, copied, unclean
 
 
 def test_runner_keeps_outputs_of_skipped_cells_and_leaves_failures_alone(tmp_path):
