@@ -24,11 +24,12 @@ import torch
 from . import patterns as P
 from .config import PythiaConfig, Table
 from .data import Batches, Corpus, TokenView, read_corpus, split, tokenize, train_tokenizer
-from .generate import Tokenizer, generate_text, stream
+from .generate import generate_text, stream
 from .layout import check_block
 from .model import Pythia
 from .pictures import book_style
 from .recipe import TrainConfig, model_density, usual_dtype
+from .tokenizer import Tokenizer
 from .train import plot_history, train
 from .weights import fetch, replacing
 

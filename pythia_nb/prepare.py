@@ -28,8 +28,8 @@ import tokenizers
 from tqdm import tqdm
 
 from .corpora import learn_bpe
-from .generate import END_OF_TEXT, Tokenizer
 from .sources import TextPiece, open_source, sample_texts
+from .tokenizer import END_OF_TEXT, Tokenizer
 from .tokens import MANIFEST, JoinedTokens, TokenFile, check_weights, digest, open_tokens, read_manifest, token_writer
 from .weights import fetch, replacing
 

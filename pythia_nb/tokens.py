@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .corpora import cache_folder, corpus_hash, into_cache
-from .generate import Tokenizer
+from .tokenizer import Tokenizer
 from .weights import replacing
 
 # %% ../nbs/13b_tokens.ipynb #745f5bfe
