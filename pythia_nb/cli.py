@@ -25,11 +25,12 @@ from . import patterns as P
 from .config import PythiaConfig, Table
 from .data import Batches, Corpus, TokenView, read_corpus, split, tokenize, train_tokenizer
 from .folders import fetch, replacing
-from .generate import Tokenizer, generate_text, stream
+from .generate import generate_text, stream
 from .layout import check_block
 from .model import Pythia
 from .pictures import book_style
 from .recipe import TrainConfig, model_density, usual_dtype
+from .tokenizer import Tokenizer
 from .train import plot_history, train
 
 # %% ../nbs/21_cli.ipynb #0dfca28c

@@ -21,7 +21,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from .generate import END_OF_TEXT, Tokenizer
+from .tokenizer import END_OF_TEXT, Tokenizer
 
 # %% ../nbs/13a_corpora.ipynb #5a079553
 @dataclass(frozen=True)

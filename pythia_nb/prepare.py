@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from .corpora import learn_bpe
 from .folders import fetch, replacing
-from .generate import END_OF_TEXT, Tokenizer
 from .sources import TextPiece, open_source, sample_texts
+from .tokenizer import END_OF_TEXT, Tokenizer
 from .tokens import MANIFEST, JoinedTokens, TokenFile, check_weights, digest, open_tokens, read_manifest, token_writer
 
 # %% ../nbs/14b_prepare.ipynb #6f717472

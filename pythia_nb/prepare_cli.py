@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from .cli import as_command
-from .generate import END_OF_TEXT
 from .prepare import prepare, report
+from .tokenizer import END_OF_TEXT
 
 # %% ../nbs/21b_prepare_cli.ipynb #035f2ca0
 def prepare_parser() -> argparse.ArgumentParser:

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .config import PythiaConfig
 from .data import Batches
 from .loss import chunk_gradient
 from .model import Pythia
+from .tokens import write_tokens
 import pythia_nb.sparse_model  # patterns for `Pythia.set_pattern`
 
 # %% ../nbs/14c_recipe.ipynb #ef96978f
@@ -197,6 +199,25 @@ def train_step(
         raise FloatingPointError(f"the loss is {result['loss']:.4g} and the length of the gradient "
                                  f"{result['grad_norm']:.4g}")
     return result
+
+# %% ../nbs/14c_recipe.ipynb #55936f82
+def toy_model(seed=0, **overrides):
+    "A model that trains in milliseconds"
+    return Pythia(PythiaConfig(**{**dict(vocab_size=100, hidden_size=32, num_layers=2, num_heads=2,
+                                         max_position_embeddings=64), **overrides})).init_weights(seed)
+
+# %% ../nbs/14c_recipe.ipynb #642d547e
+def toy_data(folder, n=4000, vocab_size=100, name="toy"):
+    "A token file with a pattern to learn: counting, with a random beginning for each of its documents"
+    rng = np.random.default_rng(0)
+    return write_tokens(folder/name, [(rng.integers(1, vocab_size) + np.arange(40)) % (vocab_size - 1) + 1
+                                      for _ in range(n // 40)], vocab_size)
+
+# %% ../nbs/14c_recipe.ipynb #9740e6ba
+def toy_config(**options):
+    "Settings of a run of twelve steps"
+    return TrainConfig(**{**dict(steps=12, batch_size=4, seq_len=16, lr=3e-3, warmup=0.2, eval_every=4, eval_batches=2),
+                          **options})
 
 # %% ../nbs/14c_recipe.ipynb #e72f87fe
 def prepare_model(

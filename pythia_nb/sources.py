@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .corpora import EXTENSIONS, visible_files
-from .generate import END_OF_TEXT
-
+from .tokenizer import END_OF_TEXT
 
 # %% ../nbs/14a_sources.ipynb #45356bde
 class TextPiece(NamedTuple):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .corpora import cache_folder, corpus_hash, into_cache
 from .folders import replacing
-from .generate import Tokenizer
+from .tokenizer import Tokenizer
 
 # %% ../nbs/13b_tokens.ipynb #745f5bfe
 HEADER = 1024  # bytes kept free for the header, which is known only when the last token is written

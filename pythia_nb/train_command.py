@@ -25,9 +25,9 @@ from .config import PythiaConfig
 from .corpora import read_corpus, train_tokenizer
 from .data import split
 from .distributed import STRATEGIES, export_checkpoint, start_team
-from .generate import Tokenizer
 from .model import Pythia
 from .recipe import CHOICES, Alone, TrainConfig
+from .tokenizer import Tokenizer
 from .tokens import open_tokens, tokenize
 from .train import on_main, train
 

@@ -1,4 +1,4 @@
-"What all tests share. Generated from nbs/22_book.ipynb: edit that, then run pythia_book build."
+"What all tests share. Generated from nbs/22b_made.ipynb: edit that, then run pythia_book build."
 import os
 
 import pytest

@@ -3,7 +3,7 @@ import numpy as np
 import os
 import pytest
 from pythia_nb.corpora import NOT_TEXT, cache_folder, learn_bpe, read_corpus, stdlib_corpus, train_tokenizer
-from pythia_nb.generate import END_OF_TEXT
+from pythia_nb.tokenizer import END_OF_TEXT
 
 
 def write_files(folder, files):

@@ -8,8 +8,8 @@ import shutil
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from pythia_nb.corpora import learn_bpe
-from pythia_nb.generate import Tokenizer
 from pythia_nb.prepare import Load, _folder, encoded, prepare, report
+from pythia_nb.tokenizer import Tokenizer
 from pythia_nb.tokens import MANIFEST, TokenWriter, open_tokens
 
 

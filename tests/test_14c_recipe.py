@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from pythia_nb.config import PythiaConfig
-from pythia_nb.data import Batches, write_tokens
+from pythia_nb.data import Batches
 from pythia_nb.model import Pythia
 from pythia_nb.recipe import (
-    CHOICES, TrainConfig, batch_loss, evaluate, lr_at, make_optimizer, make_scaler, prepare_model, train_step,
-    usual_dtype,
+    CHOICES, TrainConfig, batch_loss, evaluate, lr_at, make_optimizer, make_scaler, prepare_model, toy_data, toy_model,
+    train_step, usual_dtype,
 )
 from torch import nn
 
@@ -60,17 +60,6 @@ def test_decay_shrinks_matrices_only():
     make_optimizer(model, TrainConfig(lr=0.5, weight_decay=0.1)).step()
     for n, p in model.named_parameters(): torch.testing.assert_close(p, before[n] * (0.95 if p.ndim == 2 else 1.0))
 
-
-def toy_model(seed=0, **overrides):
-    "A model that trains in milliseconds"
-    return Pythia(PythiaConfig(**{**dict(vocab_size=100, hidden_size=32, num_layers=2, num_heads=2,
-                                         max_position_embeddings=64), **overrides})).init_weights(seed)
-
-def toy_data(folder, n=4000, vocab_size=100, name="toy"):
-    "A token file with a pattern to learn: counting, with a random beginning for each of its documents"
-    rng = np.random.default_rng(0)
-    return write_tokens(folder/name, [(rng.integers(1, vocab_size) + np.arange(40)) % (vocab_size - 1) + 1
-                                      for _ in range(n // 40)], vocab_size)
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
 def test_micro_batches_add_up(micro_batch, tmp_path):

@@ -8,16 +8,9 @@ from pythia_nb.checkpoint import (
     check_unchanged, checkpoint_path, checkpoints, newest_checkpoint, open_run, prune, read_checkpoint, read_log,
     restore, save_checkpoint, save_due, state_tensors, write_log,
 )
-from pythia_nb.config import PythiaConfig
 from pythia_nb.data import Batches
-from pythia_nb.model import Pythia
-from pythia_nb.recipe import TrainConfig, make_optimizer, train_step
+from pythia_nb.recipe import TrainConfig, make_optimizer, toy_model, train_step
 
-
-def toy_model(seed=0, **overrides):
-    "A model that trains in milliseconds"
-    return Pythia(PythiaConfig(**{**dict(vocab_size=100, hidden_size=32, num_layers=2, num_heads=2,
-                                         max_position_embeddings=64), **overrides})).init_weights(seed)
 
 def toy_run(seed=0, **shape):
     "A model and its optimizer after one step"

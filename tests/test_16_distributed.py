@@ -1,5 +1,4 @@
 "Tests of 16_distributed. Generated from nbs/16_distributed.ipynb: edit that, then run pythia_book build."
-import numpy as np
 import os
 import pytest
 import subprocess
@@ -8,7 +7,7 @@ import torch
 from pythia_nb.checkpoint import checkpoints, read_checkpoint, read_log
 from pythia_nb.distributed import export_checkpoint, start_team
 from pythia_nb.model import Pythia
-from pythia_nb.tokens import write_tokens
+from pythia_nb.recipe import toy_data
 
 
 JOBS = """
@@ -35,12 +34,6 @@ def job(folder, name, strategy, stop=0, meta=False):
     except KeyboardInterrupt: pass
     return team
 """
-
-def toy_data(folder, n=4000, vocab_size=100):
-    "A token file with a pattern to learn: counting, with a random beginning for each of its documents"
-    rng = np.random.default_rng(0)
-    return write_tokens(folder/"toy", [(rng.integers(1, vocab_size) + np.arange(40)) % (vocab_size - 1) + 1
-                                       for _ in range(n // 40)], vocab_size)
 
 def launch(folder, *jobs, world=2):
     "Do jobs one after the other: in one process, or in several that torchrun starts"

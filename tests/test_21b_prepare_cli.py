@@ -12,8 +12,8 @@ import sysconfig
 import time
 from pathlib import Path
 from pythia_nb.data import open_tokens
-from pythia_nb.generate import END_OF_TEXT
 from pythia_nb.prepare_cli import main
+from pythia_nb.tokenizer import END_OF_TEXT
 
 
 def write_text(folder, documents=400):

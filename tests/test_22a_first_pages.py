@@ -1,4 +1,4 @@
-"Tests of 22_book. Generated from nbs/22_book.ipynb: edit that, then run pythia_book build."
+"Tests of 22a_first_pages. Generated from nbs/22a_first_pages.ipynb: edit that, then run pythia_book build."
 import importlib.util
 import json
 import pytest
@@ -7,48 +7,8 @@ import sys
 import types
 from execnb.nbio import mk_cell, nb2str, new_nb
 from nbdev.process import NBProcessor
-from pythia_nb.book import (
-    AREA, BookError, INSTALL, TRAIN, copied, demo_notebook, free_names, pytest_files, readme_cell, small_book,
-    with_outputs,
-)
-
-
-def test_generated_tests_compile_and_are_complete(tmp_path):
-    book = small_book(tmp_path / "b")
-    text = pytest_files(book)["tests/test_00_area.py"]
-    assert free_names(text) == set()
-    assert "@pytest.mark.slow\ndef test_slow" in text and "#|" not in text
-    assert text.index("def test_circle") < text.index("def test_slow")
-
-
-def test_undefined_name_in_a_test_cell(tmp_path):
-    book = small_book(tmp_path / "b", **{"00_area": AREA + ["#| test\ndef test_bad(): assert radius == 1"]})
-    with pytest.raises(BookError, match=r"00_area.ipynb, cell 14 \(c13\): the name radius"): pytest_files(book)
-
-
-def test_the_index_may_export_to_init(tmp_path):
-    cells = ["# T\n\n> t.", "#| default_exp __init__", "#| exporti\ndef f(): return 1",
-             "#| test\ndef test_f(): assert f() == 1"]
-    book = small_book(tmp_path / "b", index=cells)
-    assert "from tiny import f\n" in pytest_files(book)["tests/test_index.py"]
-
-
-def test_export_that_goes_nowhere(tmp_path):
-    book = small_book(tmp_path / "b", **{"00_area": ["# T\n\n> t.", "#| export\nx = 1"]})
-    with pytest.raises(BookError, match="nbdev_export warns:(.|\n)*00_area.ipynb"): copied(book, tmp_path / "c")
-
-
-def test_module_is_imported_for_its_patches(tmp_path):
-    book = small_book(tmp_path / "b", **{"01_train": TRAIN[:4] + ["#| test\ndef test_it(): assert circle(0) == 0"]})
-    assert "import tiny.train\nfrom tiny.area import circle" in pytest_files(book)["tests/test_01_train.py"]
-
-
-def test_demo_imports_keeps_flags_and_order(tmp_path):
-    cells = json.loads(demo_notebook(small_book(tmp_path / "b")))["cells"]
-    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    assert sources[1] == "import tiny.train\nfrom tiny.area import circle"
-    assert sources[2:] == ["area = circle(1.0)\narea", "#| slow\nlosses = [circle(r) for r in (3, 2, 1)]"]
-    assert len({c["id"] for c in cells}) == len(cells)
+from pythia_nb.book import BookError, TRAIN, small_book
+from pythia_nb.first_pages import INSTALL, demo_notebook, readme_cell, with_outputs
 
 
 @pytest.mark.parametrize("there, cuda, wanted", [
@@ -78,19 +38,27 @@ def test_demo_uses_the_clone_it_is_in(tmp_path, monkeypatch):
     exec(INSTALL.format(package="tinyclone", url="https://x"), {})
 
 
+def test_demo_outputs_follow_their_source():
+    old = new_nb([mk_cell("a", id="1"), mk_cell("b", id="2")])
+    old.cells[0].outputs = [{"output_type": "stream", "name": "stdout", "text": ["A"]}]
+    nb = with_outputs(new_nb([mk_cell("b", id="3"), mk_cell("#| fig-alt: \"A\"\na", id="4"), mk_cell("a", id="5")]), nb2str(old))
+    assert [bool(c.outputs) for c in nb.cells] == [False, True, False]
+
+
+def test_demo_imports_keeps_flags_and_order(tmp_path):
+    cells = json.loads(demo_notebook(small_book(tmp_path / "b")))["cells"]
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    assert sources[1] == "import tiny.train\nfrom tiny.area import circle"
+    assert sources[2:] == ["area = circle(1.0)\narea", "#| slow\nlosses = [circle(r) for r in (3, 2, 1)]"]
+    assert len({c["id"] for c in cells}) == len(cells)
+
+
 @pytest.mark.parametrize("cell, message", [
     ("#| demo\nprint(losses)", "it uses losses, which only a demo cell marked slow defines"),
     ("#| demo\nprint(nowhere)", "the name nowhere is neither")])
 def test_demo_refuses(tmp_path, cell, message):
     book = small_book(tmp_path / "b", **{"01_train": [*TRAIN, cell]})
     with pytest.raises(BookError, match=message): demo_notebook(book)
-
-
-def test_demo_outputs_follow_their_source():
-    old = new_nb([mk_cell("a", id="1"), mk_cell("b", id="2")])
-    old.cells[0].outputs = [{"output_type": "stream", "name": "stdout", "text": ["A"]}]
-    nb = with_outputs(new_nb([mk_cell("b", id="3"), mk_cell("#| fig-alt: \"A\"\na", id="4"), mk_cell("a", id="5")]), nb2str(old))
-    assert [bool(c.outputs) for c in nb.cells] == [False, True, False]
 
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
