@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .layout import BlockLayout
 from .reference import all_segments
-from .schedule import OPTIONS, Schedule, compile_report, on_device, schedules_of
+from .schedule import OPTIONS, compile_report, on_device, schedules_of
+from .work import Schedule
 
 # %% ../nbs/06c_cuda_basics.ipynb #4a001ac3
 HEAD_DIMS = (32, 64, 80, 128, 256)    # what the kernels are compiled for

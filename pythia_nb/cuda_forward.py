@@ -22,8 +22,9 @@ from torch import Tensor
 from .cuda_basics import PARAMS, Kernel, Recipe, forward_call, forward_recipe_of, max_shared_memory
 from .config import Table
 from .layout import BlockLayout
-from .schedule import Schedule, schedule
+from .schedule import schedule
 from .tensor_cores import COPY, INSTRUCTIONS, PRODUCTS, SETTINGS, SHAPES, Tile, macros
+from .work import Schedule
 
 # %% ../nbs/07_cuda_forward.ipynb #3349339b
 class Work(NamedTuple):

@@ -8,17 +8,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import torch
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from pythia_nb import patterns as P
-from pythia_nb.layout import BlockLayout
-from pythia_nb.schedule import (
-    compile_report, cuda_schedule, cuda_source, document_layout, group_members, schedule, schedule_hash, torch_schedule,
-    union_entries,
-)
+from pythia_nb.schedule import compile_report, cuda_schedule, cuda_source, document_layout, schedule, schedule_hash
+from pythia_nb.work import some_layout, torch_schedule
 from torch import Tensor
+
+
+def test_the_sources_are_the_ones_that_passed_on_a_gpu():
+    verified = json.loads((Path(__file__).parent.parent / "nbs/results/h200/verified.json").read_text())
+    assert verified["schedule"] == schedule_hash(), "the kernels were edited since they last passed on a GPU: run pytest -m cuda there"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
@@ -27,97 +28,6 @@ def test_the_kernels_compile_without_spills(arch):
     assert done, log
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == log.count("spill stores") >= 7, log
     assert "warning" not in log, log
-
-
-def test_schedules_are_kept_and_forgotten_with_their_layout():
-    import gc, weakref
-    layout = P.local(2).layout(256, block=64)
-    made = schedule(layout, False, 1, 8)
-    assert schedule(layout, False, 1, 8) is made and schedule(layout, True, 1, 8) is not made
-    gone = weakref.ref(made)
-    del layout, made
-    gc.collect()
-    assert gone() is None
-
-
-def some_layout(draw):
-    "A random layout: lists for one head or three, ragged, with empty lists and a few heavy ones"
-    nQ, nK, heads = draw(st.integers(1, 24)), draw(st.integers(1, 24)), draw(st.sampled_from([1, 3]))
-    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    mask = torch.rand(heads, nQ, nK, generator=random) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
-    mask |= torch.rand(heads, 1, nK, generator=random) < 0.15
-    mask |= torch.rand(heads, nQ, 1, generator=random) < 0.1
-    return BlockLayout.from_block_mask(mask, block=16, causal=draw(st.booleans()), L=nQ * 16 - 5, S=nK * 16 - 5)
-
-layouts = st.composite(some_layout)()
-arguments = dict(layout=layouts, columns=st.booleans(), group=st.sampled_from([1, 2, 4, 8]), chunk=st.sampled_from([1, 2, 3, 5, 8, 1000]))
-
-
-def check_schedule(layout, plan, columns, group, chunk):
-    "Assert all that a schedule promises, against the layout's own lists"
-    codes = layout.codes().mT if columns else layout.codes()    # [heads, lists, blocks]
-    n, (items, entries, splits, slots) = codes.shape[1], plan.counts.tolist()
-    assert (plan.lists, plan.heads, plan.group) == (-(-n // group), layout.heads, group)
-    assert items <= plan.max_items == len(plan.items) and splits <= plan.max_splits and slots <= plan.max_slots and entries <= layout.visible
-    members = plan.members.view(layout.heads, -1)
-    for row in members: assert sorted(row[row >= 0].tolist()) == list(range(n))
-    if not columns or group == 1: assert all(row[row >= 0].tolist() == list(range(n)) for row in members)
-    members, walked = members.reshape(-1, group).tolist(), plan.entries.tolist()
-    stretches = [[] for _ in members]
-    for at, start, end, slot in plan.items[:items].tolist(): stretches[at].append((start, end, slot))
-    lengths, split_rows = (plan.items[:items, 2] - plan.items[:items, 1]), []
-    assert (lengths.diff() <= 0).all() and (plan.items[items:, 0] == -1).all() and (plan.splits[splits:, 0] == -1).all()
-    next_entry = next_slot = 0
-    for at, parts in enumerate(stretches):
-        parts.sort()
-        assert parts[0][0] == next_entry and all(a[1] == b[0] for a, b in zip(parts, parts[1:])), "the parts cover the group's entries"
-        next_entry = parts[-1][1]
-        length, longest = parts[-1][1] - parts[0][0], max(end - start for start, end, _ in parts)
-        assert len(parts) == max(-(-length // chunk), 1) and longest == -(-length // len(parts)) <= chunk
-        if len(parts) == 1: assert parts[0][2] == -1
-        else:
-            assert [slot for *_, slot in parts] == list(range(next_slot, next_slot + len(parts)))
-            split_rows.append([at, next_slot, len(parts), 0]); next_slot += len(parts)
-        code = torch.stack([codes[at // plan.lists, x] if x >= 0 else torch.zeros(codes.shape[2], dtype=torch.int32) for x in members[at]])
-        weight = torch.arange(group)[:, None]
-        bits = ((code > 0).int() << weight | (code == 2).int() << (8 + weight)).sum(0)
-        assert walked[parts[0][0]:next_entry] == [[j, bits[j].item()] for j in bits.nonzero().flatten().tolist()]
-    assert next_entry == entries and next_slot == slots and plan.splits[:splits].tolist() == split_rows
-
-
-@settings(max_examples=100, deadline=None)
-@given(**arguments)
-def test_schedules_keep_their_promises(layout, columns, group, chunk):
-    check_schedule(layout, torch_schedule(layout, columns, group, chunk), columns, group, chunk)
-
-
-def test_heavy_columns_stand_together():
-    layout = P.per_head([P.strided(8) | P.local(1), P.local(3), P.sinks(2) | P.local(2)]).layout(64 * 32, block=32)
-    members = schedule(layout, True, 2, 16).members.view(3, 32, 2).tolist()
-    assert members[0][:2] == [[0, 8], [16, 24]] and members[1] == [[2 * x, 2 * x + 1] for x in range(32)] and members[2][0] == [0, 1]
-    apart = torch_schedule(layout, False, 2, 16).members.view(3, -1)
-    assert all(row.tolist() == list(range(64)) for row in apart)
-    strided = P.strided(8).layout(64 * 32, block=32)
-    neighbours = union_entries(strided.col_ptr, strided.col_rows, strided.col_full, group_members(strided.col_ptr, 64, 2, False), 2, 64, 64)[1]
-    assert schedule(strided, True, 2, 16).counts[1] < 0.7 * neighbours.sum()    # the union of heavy columns is shared
-
-
-@pytest.mark.parametrize("group, chunk, message", [(3, 16, "group is 3; a program takes 1, 2, 4 or 8"), (1, 0, "chunk is 0; give"), (1, 2.5, "whole number")])
-def test_mistakes_get_one_sentence(group, chunk, message):
-    with pytest.raises(ValueError, match=message): schedule(P.local(1).layout(64), False, group, chunk)
-    with pytest.raises(ValueError, match="a whole number for each of the 90 tokens"): document_layout(torch.zeros(64, dtype=torch.int64), S=90)
-    with pytest.raises(ValueError, match="queries start at 0"): document_layout(torch.zeros(64, dtype=torch.int64), q_start=-3, causal=False)
-
-
-def test_a_million_tokens_in_seconds():
-    layout = P.bigbird().layout(1_048_576, block=64)
-    start = time.perf_counter()
-    for columns, group in [(False, 1), (True, 1), (False, 2), (True, 2)]:
-        plan = schedule(layout, columns, group, 64)
-        items, entries, splits, _ = plan.counts.tolist()
-        assert entries <= layout.visible and items >= plan.lists and (plan.items[:items, 2] - plan.items[:items, 1]).max() <= 64
-        if columns: assert splits > 0
-    assert time.perf_counter() - start < 10
 
 
 EMULATOR = r'''
@@ -206,12 +116,10 @@ def assert_same_schedule(plan, expected):
     for name in ("members", "items", "splits", "counts"): assert torch.equal(getattr(plan, name).cpu(), getattr(expected, name)), name
     assert torch.equal(plan.entries[:plan.counts[1]].cpu(), expected.entries[:expected.counts[1]])
 
-def assert_same_layout(layout, expected):
-    "Assert that two layouts are equal, where the first may have room at the end of its lists"
-    assert (layout.L, layout.S, layout.block, layout.causal, layout.q_start, layout.heads) == (expected.L, expected.S, expected.block, expected.causal, expected.q_start, 1)
-    for name in ("row_ptr", "col_ptr", "segment_ids"): assert torch.equal(getattr(layout, name).cpu(), getattr(expected, name)), name
-    for name in ("row_cols", "row_full", "col_rows", "col_full"): assert torch.equal(getattr(layout, name)[:expected.visible].cpu(), getattr(expected, name)), name
 
+layouts = st.builds(some_layout, nQ=st.integers(1, 24), nK=st.integers(1, 24), heads=st.sampled_from([1, 3]), share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+                    causal=st.booleans(), seed=st.integers(0, 2**31))
+arguments = dict(layout=layouts, columns=st.booleans(), group=st.sampled_from([1, 2, 4, 8]), chunk=st.sampled_from([1, 2, 3, 5, 8, 1000]))
 
 @settings(max_examples=80, deadline=None)
 @given(**arguments)
@@ -225,16 +133,15 @@ def test_more_lists_than_threads(group):
         for chunk in (16, 10**10): assert_same_schedule(cuda_schedule(layout, columns, group, chunk, emulate), torch_schedule(layout, columns, group, chunk))
 
 
-@settings(max_examples=100, deadline=None)
-@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=30), less=st.integers(0, 60), queries=st.integers(1, 400), start=st.one_of(st.none(), st.integers(0, 400)),
-       block=st.sampled_from([16, 32, 64]), causal=st.booleans(), room=st.sampled_from([None, 0, 7]), repeat=st.integers(1, 12))
-def test_document_layouts_equal_the_pattern(lengths, less, queries, start, block, causal, room, repeat):
-    lengths = lengths * repeat    # more blocks than threads, too
-    ids = torch.repeat_interleave(torch.randperm(len(lengths)), torch.tensor(lengths))
-    S = max(len(ids) - less, 1)
-    expected = P.document(ids).layout(queries, S, block, causal, q_start=start)
-    capacity = None if room is None else expected.visible + room
-    assert_same_layout(document_layout(ids, queries, S, block, causal, start, capacity, emulate), expected)
+def test_schedules_are_kept_and_forgotten_with_their_layout():
+    import gc, weakref
+    layout = P.local(2).layout(256, block=64)
+    made = schedule(layout, False, 1, 8)
+    assert schedule(layout, False, 1, 8) is made and schedule(layout, True, 1, 8) is not made
+    gone = weakref.ref(made)
+    del layout, made
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.cuda
@@ -251,6 +158,48 @@ def test_gpu_schedules_of_large_layouts(columns, group):
     for pattern in (P.bigbird(), P.per_head([P.strided(64) | P.local(2), P.local(8), P.dense() - P.local(500)])):
         layout = pattern.layout(65_536, block=64)
         for chunk in (32, 100_000): assert_same_schedule(schedule(layout.to("cuda"), columns, group, chunk), torch_schedule(layout, columns, group, chunk))
+
+
+@pytest.mark.cuda
+def test_schedules_of_a_capture_are_not_used_outside():
+    schedule(P.local(1).layout(64).to("cuda"), False, 1, 16)    # compiles, which no capture allows
+    layout = P.bigbird().layout(8192).to("cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()): inside = schedule(layout, False, 1, 16)    # never replayed
+    outside = schedule(layout, False, 1, 16)
+    assert outside is not inside and outside is schedule(layout, False, 1, 16)
+    side = torch.cuda.Stream()
+    fresh = P.bigbird().layout(8192).to("cuda")
+    torch.cuda.synchronize()
+    first = schedule(fresh, True, 1, 16)
+    with torch.cuda.stream(side): assert schedule(fresh, True, 1, 16) is first and first.counts[0] > 0
+    assert_same_schedule(first, torch_schedule(fresh.to("cpu"), True, 1, 16))
+
+
+@pytest.mark.parametrize("group, chunk, message", [(3, 16, "group is 3; a program takes 1, 2, 4 or 8"), (1, 0, "chunk is 0; give"), (1, 2.5, "whole number")])
+def test_mistakes_get_one_sentence(group, chunk, message):
+    with pytest.raises(ValueError, match=message): schedule(P.local(1).layout(64), False, group, chunk)
+    with pytest.raises(ValueError, match="a whole number for each of the 90 tokens"): document_layout(torch.zeros(64, dtype=torch.int64), S=90)
+    with pytest.raises(ValueError, match="queries start at 0"): document_layout(torch.zeros(64, dtype=torch.int64), q_start=-3, causal=False)
+
+
+def assert_same_layout(layout, expected):
+    "Assert that two layouts are equal, where the first may have room at the end of its lists"
+    assert (layout.L, layout.S, layout.block, layout.causal, layout.q_start, layout.heads) == (expected.L, expected.S, expected.block, expected.causal, expected.q_start, 1)
+    for name in ("row_ptr", "col_ptr", "segment_ids"): assert torch.equal(getattr(layout, name).cpu(), getattr(expected, name)), name
+    for name in ("row_cols", "row_full", "col_rows", "col_full"): assert torch.equal(getattr(layout, name)[:expected.visible].cpu(), getattr(expected, name)), name
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=30), less=st.integers(0, 60), queries=st.integers(1, 400), start=st.one_of(st.none(), st.integers(0, 400)),
+       block=st.sampled_from([16, 32, 64]), causal=st.booleans(), room=st.sampled_from([None, 0, 7]), repeat=st.integers(1, 12))
+def test_document_layouts_equal_the_pattern(lengths, less, queries, start, block, causal, room, repeat):
+    lengths = lengths * repeat    # more blocks than threads, too
+    ids = torch.repeat_interleave(torch.randperm(len(lengths)), torch.tensor(lengths))
+    S = max(len(ids) - less, 1)
+    expected = P.document(ids).layout(queries, S, block, causal, q_start=start)
+    capacity = None if room is None else expected.visible + room
+    assert_same_layout(document_layout(ids, queries, S, block, causal, start, capacity, emulate), expected)
 
 
 def some_documents(tokens: int, count: int, seed: int) -> Tensor:
@@ -293,22 +242,6 @@ def test_a_graph_rebuilds_layout_and_schedules():
 
 
 @pytest.mark.cuda
-def test_schedules_of_a_capture_are_not_used_outside():
-    schedule(P.local(1).layout(64).to("cuda"), False, 1, 16)    # compiles, which no capture allows
-    layout = P.bigbird().layout(8192).to("cuda")
-    torch.cuda.synchronize()
-    with torch.cuda.graph(torch.cuda.CUDAGraph()): inside = schedule(layout, False, 1, 16)    # never replayed
-    outside = schedule(layout, False, 1, 16)
-    assert outside is not inside and outside is schedule(layout, False, 1, 16)
-    side = torch.cuda.Stream()
-    fresh = P.bigbird().layout(8192).to("cuda")
-    torch.cuda.synchronize()
-    first = schedule(fresh, True, 1, 16)
-    with torch.cuda.stream(side): assert schedule(fresh, True, 1, 16) is first and first.counts[0] > 0
-    assert_same_schedule(first, torch_schedule(fresh.to("cpu"), True, 1, 16))
-
-
-@pytest.mark.cuda
 def test_documents_that_need_more_room_stop_the_program():
     program = """if True:
         import torch
@@ -348,8 +281,3 @@ def test_rebuilding_takes_a_hundred_microseconds():
     times["documents: layout and both schedules"] = gpu_microseconds(both)
     print(torch.cuda.get_device_name(), {name: f"{time:.1f} us" for name, time in times.items()})
     assert times["document layout"] <= 100 and times["documents: layout and both schedules"] <= 100
-
-
-def test_the_sources_are_the_ones_that_passed_on_a_gpu():
-    verified = json.loads((Path(__file__).parent.parent / "nbs/results/h200/verified.json").read_text())
-    assert verified["schedule"] == schedule_hash(), "the kernels were edited since they last passed on a GPU: run pytest -m cuda there"

@@ -14,9 +14,10 @@ from hypothesis import given, settings, strategies as st
 from pythia_nb import patterns as P
 from pythia_nb.attention import (
     BACKENDS, attention_backward, attention_forward, backend_for, block_sparse_attention, choose_backend, fits, flatten,
-    pieces, torch_backward, torch_forward, warn_once,
+    warn_once,
 )
 from pythia_nb.cuda_basics import cuda_obstacle
+from pythia_nb.grouped import torch_backward, torch_forward
 from pythia_nb.layout import BlockLayout
 from pythia_nb.reference import check_attention
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,20 +25,48 @@ from torch.utils.checkpoint import checkpoint
 from types import SimpleNamespace
 
 
-@settings(max_examples=60, deadline=None)
-@given(B=st.integers(1, 3), H=st.sampled_from([1, 4]), per_head=st.booleans(), L=st.integers(1, 200), budget=st.integers(1, 200_000))
-def test_pieces_cover_every_block_once(B, H, per_head, L, budget):
-    pattern = P.per_head([P.local(h + 1) | P.strided(3) for h in range(H)]) if per_head else P.bigbird(2, 1, 1)
-    layout = pattern.layout(L, block=16)
-    seen = torch.zeros(B, H, layout.nQ, layout.nK, dtype=torch.int32)
-    for b, h, rows, cols, full in pieces(layout, B, H, 8, budget):
-        for r, c in zip(rows, cols): seen[b, h, r, c] += 1
-    assert torch.equal(seen, (layout.codes() > 0).int().expand(B, H, -1, -1))
+@pytest.mark.parametrize("change, dtype, D, reason", [
+    (dict(capability=(7, 5)), torch.bfloat16, 64, "older than Ampere"), (dict(), torch.float64, 64, "not float64"),
+    (dict(), torch.bfloat16, 63, "not 63"), (dict(cupy=None), torch.bfloat16, 64, "CuPy is not installed")])
+def test_a_fallback_says_why_and_only_once(change, dtype, D, reason, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: change.get("capability", (9, 0)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "the GPU")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: change.get("cupy", True) if name == "cupy" else find(name, *rest))
+    monkeypatch.setitem(backend_for.__wrapped__.__globals__, "why_no_cuda", cuda_obstacle.__wrapped__)    # without what it remembers
+    q = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 1, 32, D))
+    backend_for.cache_clear(); warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=f"which is slower.*{reason}") as told:
+        assert [choose_backend("auto", q) for _ in range(3)] == ["torch"] * 3
+    assert len(told) == 1
+    with pytest.raises(ValueError, match=f"'cuda' can't be used.*{reason}"): choose_backend("cuda", q)
+    backend_for.cache_clear(); warn_once.cache_clear()
 
 
-def with_lse(q, k, v, layout, **kw):
-    "The call under test in the form that the judge takes"
-    return block_sparse_attention(q, k, v, layout, return_lse=True, **kw)
+WITHOUT_COMPILER = """
+import warnings, torch
+from pythia_nb import patterns as P
+from pythia_nb.attention import block_sparse_attention
+layout = P.local(2).layout(64, block=16)
+q, k, v = torch.randn(3, 1, 2, 64, 32)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3): o = block_sparse_attention(q, k, v, layout)
+    block_sparse_attention(q.double(), k.double(), v.double(), layout)
+print([str(w.message) for w in caught], caught[0].filename)
+assert torch.equal(o, block_sparse_attention(q, k, v, layout, backend="torch"))
+"""
+
+def test_the_cpu_backend_is_chosen_and_says_why_it_cannot_be_used(tmp_path):
+    q = torch.randn(1, 1, 32, 16)
+    assert choose_backend("auto", q) == choose_backend("cpu", q.bfloat16()) == "cpu"
+    assert choose_backend("auto", q.double()) == choose_backend("auto", q.half()) == choose_backend("auto", q[..., :12]) == "torch"
+    with pytest.raises(ValueError, match="not float64 with 16; use backend='torch'"): choose_backend("cpu", q.double())
+    env = {**os.environ, "PATH": str(tmp_path), "CXX": "", "PYTHIA_NB_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.count("falls back to its PyTorch backend") == done.stdout.count("there is no C++ compiler; install one") == 1
+    assert "<string>" in done.stdout    # the warning names the caller's file
+
 
 def random_problem(L, S, block, causal, heads, documents, lengths, extreme, strided, dtype, D=16, B=2, H=3):
     "Tensors, layout and keyword arguments of a random attention problem"
@@ -51,6 +80,51 @@ def random_problem(L, S, block, causal, heads, documents, lengths, extreme, stri
     if documents: kw["segment_ids"] = tuple(torch.randint(0, 2, (B, n)) for n in (L, S))
     if lengths: kw["kv_lengths"] = torch.randint(0, S + 1, (B,))
     return [t.to(dtype) for t in (q, k, v)], layout, kw
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype, backend):
+    tensors, layout, kw = random_problem(70, 90, 16, True, True, True, True, False, True, dtype)
+    rest = flatten(layout, 0.25, kw["segment_ids"], kw["kv_lengths"], backend)
+    torch.library.opcheck(attention_forward, (*[t.requires_grad_() for t in tensors], *rest))
+    q, k, v = (t.detach() for t in tensors)
+    o, lse = attention_forward(q, k, v, *rest)
+    for dlse in (torch.randn_like(lse), None):
+        torch.library.opcheck(attention_backward, (torch.randn_like(o), dlse, q, k, v, o, lse, *rest))
+
+
+def test_what_does_not_fit_is_explained():
+    layout, per_head = P.local(2).layout(32, 48, block=16), P.per_head([P.local(1)] * 3).layout(32, 48, block=16)
+    q, k = torch.randn(2, 4, 32, 16), torch.randn(2, 4, 48, 16)
+    assert fits(q, k, k, layout)
+    for wrong, message in [((q[0], k, k, layout), "give q"), ((q, k[0], k, layout), "give q"), ((q, k, k[:1], layout), "give q"), ((q[..., :8], k, k, layout), "give q"),
+                           ((q[:1], k, k, layout), "give q"), ((q, k, k, None), "is a NoneType"), ((q[:, :, 1:], k, k, layout), "is for L=32"),
+                           ((q, k[:, :, 1:], k[:, :, 1:], layout), "S=48"), ((q, k, k, per_head), "lists for 3 heads"), ((q, k, k.double(), layout), "float64; give"),
+                           ((q.int(), k.int(), k.int(), layout), "int32; give"), ((q.to("meta"), k, k, layout), "are on meta"), ((q, k, k, layout.to("meta")), "and meta")]:
+        assert not fits(*wrong)
+        with pytest.raises((ValueError, TypeError), match=message): block_sparse_attention(*wrong)
+
+
+def test_an_empty_batch_and_wrong_masks():
+    layout = P.local(2).layout(40, block=16)
+    q, k, v = torch.randn(3, 0, 2, 40, 8)
+    assert block_sparse_attention(q, k, v, layout).shape == q.shape
+    q, k, v = torch.randn(3, 2, 2, 40, 8)
+    for kw, message in [(dict(kv_lengths=[3, 4]), "kv_lengths is a list"), (dict(segment_ids=[0] * 40), "segment_ids is a list"),
+                        (dict(segment_ids=torch.zeros(3, 40)), "one id for each key")]:
+        with pytest.raises((ValueError, TypeError), match=message): block_sparse_attention(q, k, v, layout, **kw)
+
+
+def test_the_cuda_backend_says_why_it_cannot_be_used():
+    layout = P.local(1).layout(32, block=16)
+    q = torch.randn(1, 1, 32, 16)
+    with pytest.raises(ValueError, match="the tensors are on cpu.*use backend='torch'"): block_sparse_attention(q, q, q, layout, backend="cuda")
+
+
+def with_lse(q, k, v, layout, **kw):
+    "The call under test in the form that the judge takes"
+    return block_sparse_attention(q, k, v, layout, return_lse=True, **kw)
 
 
 @pytest.mark.parametrize("backend, dtype", [("torch", torch.float32), ("torch", torch.bfloat16), ("auto", torch.float32), ("auto", torch.bfloat16), ("auto", torch.float16)])
@@ -72,6 +146,26 @@ def test_head_dims_and_named_patterns(D, dtype):
         check_attention(with_lse, q, k, v, pattern.layout(157, block=32))
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_scale_that_is_not_positive(scale):
+    tensors, layout, kw = random_problem(70, 90, 16, True, True, True, True, False, True, torch.float32)
+    check_attention(with_lse, *tensors, layout, scale=scale, **kw)
+
+def test_backends_get_a_positive_scale_and_no_needless_gradient(monkeypatch):
+    scales, gradients = [], []
+    def forward(q, k, v, layout, scale, *rest):
+        scales.append(scale)
+        return torch_forward(q, k, v, layout, scale, *rest)
+    def backward(do, dlse, *rest):
+        gradients.append(dlse)
+        return torch_backward(do, dlse, *rest)
+    monkeypatch.setitem(BACKENDS, "torch", (forward, backward))
+    q, layout = torch.randn(1, 1, 40, 16, requires_grad=True), P.local(2).layout(40, block=16)
+    for scale in (-2.0, 0, None):
+        block_sparse_attention(q, q, q, layout, scale=scale, backend="torch").sum().backward()
+    assert scales == [2.0, 1.0, 0.25] and gradients == [None] * 3
+
+
 def test_gradcheck_in_double_precision():
     torch.manual_seed(0)
     for causal, L, S in [(True, 20, 37), (False, 33, 20)]:
@@ -81,6 +175,16 @@ def test_gradcheck_in_double_precision():
             o, lse = with_lse(q, k, v, layout, **kw)
             return o, lse.masked_fill(lse == -math.inf, 0)
         assert torch.autograd.gradcheck(finite, tensors)
+
+
+def test_two_runs_give_the_same_bits():
+    tensors, layout, kw = random_problem(150, 150, 16, True, False, True, True, False, True, torch.float32)
+    def run():
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        o, lse = with_lse(*leaves, layout, **kw)
+        return [o, lse, *torch.autograd.grad(o.sum(), leaves)]
+    first = run()
+    for _ in range(5): assert all(torch.equal(a, b) for a, b in zip(first, run()))
 
 
 def test_long_sequences_do_not_need_quadratic_memory():
@@ -98,38 +202,16 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
     assert float(done.stdout) < 0.8, f"{done.stdout} GiB"
 
 
-def test_what_does_not_fit_is_explained():
-    layout, per_head = P.local(2).layout(32, 48, block=16), P.per_head([P.local(1)] * 3).layout(32, 48, block=16)
-    q, k = torch.randn(2, 4, 32, 16), torch.randn(2, 4, 48, 16)
-    assert fits(q, k, k, layout)
-    for wrong, message in [((q[0], k, k, layout), "give q"), ((q, k[0], k, layout), "give q"), ((q, k, k[:1], layout), "give q"), ((q[..., :8], k, k, layout), "give q"),
-                           ((q[:1], k, k, layout), "give q"), ((q, k, k, None), "is a NoneType"), ((q[:, :, 1:], k, k, layout), "is for L=32"),
-                           ((q, k[:, :, 1:], k[:, :, 1:], layout), "S=48"), ((q, k, k, per_head), "lists for 3 heads"), ((q, k, k.double(), layout), "float64; give"),
-                           ((q.int(), k.int(), k.int(), layout), "int32; give"), ((q.to("meta"), k, k, layout), "are on meta"), ((q, k, k, layout.to("meta")), "and meta")]:
-        assert not fits(*wrong)
-        with pytest.raises((ValueError, TypeError), match=message): block_sparse_attention(*wrong)
-
-
-def test_two_runs_give_the_same_bits():
-    tensors, layout, kw = random_problem(150, 150, 16, True, False, True, True, False, True, torch.float32)
-    def run():
-        leaves = [t.detach().clone().requires_grad_() for t in tensors]
-        o, lse = with_lse(*leaves, layout, **kw)
-        return [o, lse, *torch.autograd.grad(o.sum(), leaves)]
-    first = run()
-    for _ in range(5): assert all(torch.equal(a, b) for a, b in zip(first, run()))
-
-
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype, backend):
-    tensors, layout, kw = random_problem(70, 90, 16, True, True, True, True, False, True, dtype)
-    rest = flatten(layout, 0.25, kw["segment_ids"], kw["kv_lengths"], backend)
-    torch.library.opcheck(attention_forward, (*[t.requires_grad_() for t in tensors], *rest))
-    q, k, v = (t.detach() for t in tensors)
-    o, lse = attention_forward(q, k, v, *rest)
-    for dlse in (torch.randn_like(lse), None):
-        torch.library.opcheck(attention_backward, (torch.randn_like(o), dlse, q, k, v, o, lse, *rest))
+def test_two_halves_joined_by_their_lse_are_the_whole():
+    tensors, left, right = torch.randn(3, 1, 2, 64, 16), P.strided(2), P.dense() - P.strided(2)
+    both = []
+    for parts in ([P.dense()], [left, right]):    # rows of the first block see nothing in the right half
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        results = [with_lse(*leaves, part.layout(64, block=16)) for part in parts]
+        lse = functools.reduce(torch.logaddexp, [lse for _, lse in results])
+        o = sum(o * (own - lse).exp()[..., None] for o, own in results)
+        both.append([o.detach(), *torch.autograd.grad(o.square().sum(), leaves)])
+    for a, b in zip(*both): torch.testing.assert_close(a, b)
 
 
 def citizen_problem(device="cpu", dtype=torch.float32):
@@ -159,11 +241,13 @@ def assert_citizen(loss, leaves):
 
 def test_a_citizen_of_pytorch(): assert_citizen(*citizen_problem())
 
+
 def test_only_who_watches_gets_an_operator():
     loss, leaves = citizen_problem()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen: loss(*leaves).backward()
     assert not any("::attention_" in event.key for event in seen.key_averages())
     assert "attention_forward" in make_fx(loss)(*[t.detach() for t in leaves]).code
+
 
 def test_a_tensor_that_outlived_its_transform():
     kept, layout = [], P.local(2).layout(40, block=16)
@@ -173,53 +257,6 @@ def test_a_tensor_that_outlived_its_transform():
     for key in (k, k.detach()):
         got, want = block_sparse_attention(kept[0], key, key, layout), block_sparse_attention(q, key, key, layout)
         assert torch.equal(got, want) and got.requires_grad == want.requires_grad
-
-def test_compiles_with_gradients_for_new_lengths():
-    torch._dynamo.reset()
-    compiled = torch.compile(with_lse, fullgraph=True, backend="aot_eager", dynamic=True)
-    for length in (64, 96, 75):
-        layout = P.local(2).layout(length, block=16)
-        leaves = [torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3)]
-        for got, want in zip(*(torch.autograd.grad(f(*leaves, layout)[0].sum(), leaves) for f in (compiled, with_lse))):
-            assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("scale", [-0.5, 0.0])
-def test_a_scale_that_is_not_positive(scale):
-    tensors, layout, kw = random_problem(70, 90, 16, True, True, True, True, False, True, torch.float32)
-    check_attention(with_lse, *tensors, layout, scale=scale, **kw)
-
-def test_backends_get_a_positive_scale_and_no_needless_gradient(monkeypatch):
-    scales, gradients = [], []
-    def forward(q, k, v, layout, scale, *rest):
-        scales.append(scale)
-        return torch_forward(q, k, v, layout, scale, *rest)
-    def backward(do, dlse, *rest):
-        gradients.append(dlse)
-        return torch_backward(do, dlse, *rest)
-    monkeypatch.setitem(BACKENDS, "torch", (forward, backward))
-    q, layout = torch.randn(1, 1, 40, 16, requires_grad=True), P.local(2).layout(40, block=16)
-    for scale in (-2.0, 0, None):
-        block_sparse_attention(q, q, q, layout, scale=scale, backend="torch").sum().backward()
-    assert scales == [2.0, 1.0, 0.25] and gradients == [None] * 3
-
-
-@pytest.mark.parametrize("change, dtype, D, reason", [
-    (dict(capability=(7, 5)), torch.bfloat16, 64, "older than Ampere"), (dict(), torch.float64, 64, "not float64"),
-    (dict(), torch.bfloat16, 63, "not 63"), (dict(cupy=None), torch.bfloat16, 64, "CuPy is not installed")])
-def test_a_fallback_says_why_and_only_once(change, dtype, D, reason, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: change.get("capability", (9, 0)))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "the GPU")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: change.get("cupy", True) if name == "cupy" else find(name, *rest))
-    monkeypatch.setitem(backend_for.__wrapped__.__globals__, "why_no_cuda", cuda_obstacle.__wrapped__)    # without what it remembers
-    q = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 1, 32, D))
-    backend_for.cache_clear(); warn_once.cache_clear()
-    with pytest.warns(UserWarning, match=f"which is slower.*{reason}") as told:
-        assert [choose_backend("auto", q) for _ in range(3)] == ["torch"] * 3
-    assert len(told) == 1
-    with pytest.raises(ValueError, match=f"'cuda' can't be used.*{reason}"): choose_backend("cuda", q)
-    backend_for.cache_clear(); warn_once.cache_clear()
 
 
 def test_compiles_without_graph_breaks():
@@ -236,6 +273,16 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(torch.autograd.grad(again, leaves), expected)
 
 
+def test_compiles_with_gradients_for_new_lengths():
+    torch._dynamo.reset()
+    compiled = torch.compile(with_lse, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (64, 96, 75):
+        layout = P.local(2).layout(length, block=16)
+        leaves = [torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3)]
+        for got, want in zip(*(torch.autograd.grad(f(*leaves, layout)[0].sum(), leaves) for f in (compiled, with_lse))):
+            assert torch.equal(got, want)
+
+
 @pytest.mark.slow
 def test_compiles_with_inductor_and_for_new_lengths():
     compiled = torch.compile(lambda q, k, v, layout: block_sparse_attention(q.sin(), k, v, layout).cos(), fullgraph=True)
@@ -246,30 +293,10 @@ def test_compiles_with_inductor_and_for_new_lengths():
         torch.testing.assert_close(compiled(q, k, v, layout), block_sparse_attention(q.sin(), k, v, layout).cos())
 
 
-def test_two_halves_joined_by_their_lse_are_the_whole():
-    tensors, left, right = torch.randn(3, 1, 2, 64, 16), P.strided(2), P.dense() - P.strided(2)
-    both = []
-    for parts in ([P.dense()], [left, right]):    # rows of the first block see nothing in the right half
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        results = [with_lse(*leaves, part.layout(64, block=16)) for part in parts]
-        lse = functools.reduce(torch.logaddexp, [lse for _, lse in results])
-        o = sum(o * (own - lse).exp()[..., None] for o, own in results)
-        both.append([o.detach(), *torch.autograd.grad(o.square().sum(), leaves)])
-    for a, b in zip(*both): torch.testing.assert_close(a, b)
-
 def test_a_second_derivative_gets_one_sentence():
     q, k, v = (torch.randn(1, 1, 32, 8, requires_grad=True) for _ in range(3))
     dq, = torch.autograd.grad(block_sparse_attention(q, k, v, P.local(2).layout(32, block=16)).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"): dq.sum().backward()
-
-def test_an_empty_batch_and_wrong_masks():
-    layout = P.local(2).layout(40, block=16)
-    q, k, v = torch.randn(3, 0, 2, 40, 8)
-    assert block_sparse_attention(q, k, v, layout).shape == q.shape
-    q, k, v = torch.randn(3, 2, 2, 40, 8)
-    for kw, message in [(dict(kv_lengths=[3, 4]), "kv_lengths is a list"), (dict(segment_ids=[0] * 40), "segment_ids is a list"),
-                        (dict(segment_ids=torch.zeros(3, 40)), "one id for each key")]:
-        with pytest.raises((ValueError, TypeError), match=message): block_sparse_attention(q, k, v, layout, **kw)
 
 
 def test_autocast_and_mixed_gradients():
@@ -281,37 +308,6 @@ def test_autocast_and_mixed_gradients():
     assert q.grad.dtype == torch.float32
     frozen = block_sparse_attention(q.detach(), k, v.detach(), layout)
     assert torch.autograd.grad(frozen.sum(), k)[0].shape == k.shape
-
-
-def test_the_cuda_backend_says_why_it_cannot_be_used():
-    layout = P.local(1).layout(32, block=16)
-    q = torch.randn(1, 1, 32, 16)
-    with pytest.raises(ValueError, match="the tensors are on cpu.*use backend='torch'"): block_sparse_attention(q, q, q, layout, backend="cuda")
-
-
-WITHOUT_COMPILER = """
-import warnings, torch
-from pythia_nb import patterns as P
-from pythia_nb.attention import block_sparse_attention
-layout = P.local(2).layout(64, block=16)
-q, k, v = torch.randn(3, 1, 2, 64, 32)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(3): o = block_sparse_attention(q, k, v, layout)
-    block_sparse_attention(q.double(), k.double(), v.double(), layout)
-print([str(w.message) for w in caught], caught[0].filename)
-assert torch.equal(o, block_sparse_attention(q, k, v, layout, backend="torch"))
-"""
-
-def test_the_cpu_backend_is_chosen_and_says_why_it_cannot_be_used(tmp_path):
-    q = torch.randn(1, 1, 32, 16)
-    assert choose_backend("auto", q) == choose_backend("cpu", q.bfloat16()) == "cpu"
-    assert choose_backend("auto", q.double()) == choose_backend("auto", q.half()) == choose_backend("auto", q[..., :12]) == "torch"
-    with pytest.raises(ValueError, match="not float64 with 16; use backend='torch'"): choose_backend("cpu", q.double())
-    env = {**os.environ, "PATH": str(tmp_path), "CXX": "", "PYTHIA_NB_CACHE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True, check=True, env=env)
-    assert done.stdout.count("falls back to its PyTorch backend") == done.stdout.count("there is no C++ compiler; install one") == 1
-    assert "<string>" in done.stdout    # the warning names the caller's file
 
 
 @pytest.mark.cuda
