@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['split_segments', 'visible_pairs', 'attention_oracle', 'row_queries', 'block_keys', 'block_scores', 'head_slices',
            'all_segments', 'blockwise_forward', 'block_ds', 'blockwise_backward', 'low_precision_reference', 'errors',
-           'gradients', 'error_floor', 'check_attention', 'hard_problem', 'sized_problem', 'check_forward', 'Pair',
-           'as_function']
+           'gradients', 'error_floor', 'check_attention', 'sequences', 'hard_problem', 'sized_problem', 'check_forward',
+           'Pair', 'as_function']
 
 # %% ../nbs/05_reference.ipynb #72c09387
 import math
@@ -250,18 +250,21 @@ def check_attention(
     return shares
 
 # %% ../nbs/05_reference.ipynb #5c9fd901
+def sequences(H: int, L: int, S: int, D: int, least: int = 1) -> int:
+    "So many sequences that there are 2,000 queries and 2,000 keys, where memory allows: a budget from the error of few numbers is a matter of luck"
+    return max(least, min(-(-2000 // (H * min(L, S))), 2**23 // (H * max(L, S) * D)))
+
 def hard_problem(
     D: int, N: int,             # head dim, block
     dtype: torch.dtype,
     kind: int,                  # 0 plain, 1 strided views and lists for each head, 2 documents and key counts, 3 very negative scores
     blocks: int = 12,           # of the longest sequence
-    B: int = 2, H: int = 3,
-    device="cuda",
+    H: int = 3, device="cuda",
 ) -> tuple[list[Tensor], BlockLayout, dict]:    # q, k, v; the layout; segment_ids and kv_lengths for kind 2
     "A random problem with a long row, a long column, and for odd kinds a row that sees nothing"
     L = int(torch.randint(1, blocks * N, ()))
     S = L if kind in (0, 3) else int(torch.randint(1, (blocks + 1) * N, ()))
-    causal = kind != 1
+    causal, B = kind != 1, sequences(H, L, S, D, 2)
     start = S - L if causal else 0
     nQ = -(-(start + L) // N) - start // N
     mask = torch.rand(H if kind == 1 else 1, nQ, -(-S // N)) < 0.6
@@ -279,10 +282,10 @@ def sized_problem(
     density: float,             # share of the blocks, from 0 to 1
     dtype: torch.dtype, seed: int, device="cuda",
 ) -> tuple[list[Tensor], BlockLayout]:    # q, k, v; the layout
-    "A random problem of a given size, with as many sequences as make 2,000 queries"
+    "A random problem of a given size"
     torch.manual_seed(seed)
     start = S - L if causal else 0
-    nQ, B = -(-(start + L) // N) - start // N, -(-2000 // (H * L))
+    nQ, B = -(-(start + L) // N) - start // N, sequences(H, L, S, D)
     layout = BlockLayout.from_block_mask(torch.rand(H if per_head else 1, nQ, -(-S // N)) < density, N, causal, L, S).to(device)
     return [torch.randn(B, H, n, D, device=device).to(dtype) for n in (L, S, S)], layout
 

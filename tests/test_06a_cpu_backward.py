@@ -15,7 +15,7 @@ from pythia_nb.cpu import Params, cpu_forward, kernel_source
 from pythia_nb.cpu_backward import cpu_backward
 from pythia_nb.layout import BlockLayout
 from pythia_nb.native import FLAGS, compiler
-from pythia_nb.reference import check_attention
+from pythia_nb.reference import check_attention, sequences
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 
@@ -59,8 +59,7 @@ def cpu_problem(D, N, dtype, heads, causal, lengths, masks, extreme, strides, sc
     def n(low, high): return int(torch.randint(low, high, ()))
     S = n(1, 5 * N)
     L = {"equal": S, "fewer queries": n(1, S + 1), "more queries": S + n(1, 2 * N), "start given": n(1, 3 * N)}[lengths]
-    # A budget from the error of few numbers is a matter of luck: 2,000 queries and keys at least, where memory allows
-    B = max(2, min(-(-2000 // (H * min(L, S))), 2**23 // (H * max(L, S) * D)))
+    B = sequences(H, L, S, D, 2)
     start = n(0, 3 * N) if lengths == "start given" else S - L if causal else 0
     nQ = -(-(start + L) // N) - start // N
     shown = torch.rand(H if heads else 1, nQ, -(-S // N)) < 0.6

@@ -8,7 +8,7 @@ from pythia_nb import patterns as P
 from pythia_nb.cuda_basics import HEAD_DIMS, check_compiles
 from pythia_nb.cuda_float32 import TILES, float32_backward, float32_forward, float32_hash, float32_source
 from pythia_nb.layout import BlockLayout
-from pythia_nb.reference import as_function, attention_oracle, blockwise_backward, check_attention
+from pythia_nb.reference import as_function, attention_oracle, blockwise_backward, check_attention, sequences
 from pythia_nb.schedule import schedule
 
 
@@ -134,11 +134,11 @@ def test_every_variant_compiles_without_spills(kind, D, N):
     for t in TILES[kind][D]: check_compiles(float32_source(kind, D, N, *t))
 
 
-def float32_problem(D, N, kind, device="cuda", B=2, H=3):
+def float32_problem(D, N, kind, device="cuda", H=3):
     "A random problem: kind 0 plain, 1 strided views, not causal, lists for each head, 2 documents, key counts, other lengths, 3 long lists in parts"
     L = int(torch.randint(1, 5 * N, ())) if kind < 3 else 4096 + 3 * N + 5
-    B = max(B, -(-2000 // (H * L)))    # a budget from the error of few numbers is a matter of luck
     S = L if kind in (0, 3) else int(torch.randint(1, 6 * N, ()))
+    B = sequences(H, L, S, D, 2)
     causal, start = kind != 1, S - L if kind != 1 else 0
     nQ = -(-(start + L) // N) - start // N
     mask = torch.rand(H if kind == 1 else 1, nQ, -(-S // N)) < (0.6 if kind < 3 else 0.02)

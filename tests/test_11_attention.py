@@ -19,7 +19,7 @@ from pythia_nb.attention import (
 from pythia_nb.cuda_basics import cuda_obstacle
 from pythia_nb.grouped import torch_backward, torch_forward
 from pythia_nb.layout import BlockLayout
-from pythia_nb.reference import check_attention
+from pythia_nb.reference import check_attention, sequences
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from types import SimpleNamespace
@@ -133,7 +133,7 @@ def with_lse(q, k, v, layout, **kw):
        documents=st.booleans(), lengths=st.booleans(), extreme=st.booleans(), strided=st.booleans(), seed=st.integers(0, 10**6))
 def test_forward_and_gradients_within_budget(backend, dtype, seed, **about):
     torch.manual_seed(seed)
-    tensors, layout, kw = random_problem(**about, dtype=dtype)
+    tensors, layout, kw = random_problem(**about, dtype=dtype, B=sequences(3, about["L"], about["S"], 16, 2))
     check_attention(functools.partial(with_lse, backend=backend), *tensors, layout, **kw)
 
 
