@@ -227,6 +227,15 @@ class global_tokens(Named):
     n: int = 1    # blocks
     def spans(self, i, grid): return [(0, torch.where(i < self.n, grid.n_keys, self.n), 1)]
 
+# %% ../nbs/02b_named_patterns.ipynb #62046678
+def check_rule(pattern, rule, nQ, nK, causal, some, N=16):
+    "Hold a pattern to rule(q, k), does a query see a key, at one pair of positions for each pair of blocks; some() is a place in a block"
+    mask = pattern.mask(nQ, nK, causal=causal)[0]
+    for i in range(nQ):
+        for j in range(nK):
+            q, k = i * N + (some() if i == nQ - 1 else i * 7 % N), j * N + j * 5 % N
+            assert mask[i, j] == (bool(rule(q, k)) and (not causal or j <= i)), (pattern, i, j)
+
 # %% ../nbs/02b_named_patterns.ipynb #fb0f793e
 def hash_integers(x: Tensor) -> Tensor:
     "Well-mixed non-negative int64 of int64 `x` (SplitMix64's finaliser), the same on every device"
