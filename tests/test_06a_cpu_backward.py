@@ -63,6 +63,8 @@ def cpu_problem(D, N, dtype, heads, causal, lengths, masks, extreme, strides, sc
     start = n(0, 3 * N) if lengths == "start given" else S - L if causal else 0
     nQ = -(-(start + L) // N) - start // N
     shown = torch.rand(H if heads else 1, nQ, -(-S // N)) < 0.6
+    shown[:, :, 0] = True                    # a column that all queries see, so that there is enough to judge
+    if nQ > 2: shown[0, nQ // 2] = False     # and a row that sees nothing
     if masks == "layout" and start >= 0:
         pattern = P.document(torch.repeat_interleave(torch.arange(6), N + 3)) & (P.per_head([P.local(2), P.strided(2), P.dense()]) if heads else P.strided(2))
         layout = pattern.layout(L, S, N, causal, q_start=start)

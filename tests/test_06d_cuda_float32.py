@@ -8,7 +8,7 @@ from pythia_nb import patterns as P
 from pythia_nb.cuda_basics import HEAD_DIMS, check_compiles
 from pythia_nb.cuda_float32 import TILES, float32_backward, float32_forward, float32_hash, float32_source
 from pythia_nb.layout import BlockLayout
-from pythia_nb.reference import as_function, attention_oracle, blockwise_backward, check_attention, sequences
+from pythia_nb.reference import as_function, attention_oracle, blockwise_backward, check_attention, hard_problem
 from pythia_nb.schedule import schedule
 
 
@@ -134,21 +134,12 @@ def test_every_variant_compiles_without_spills(kind, D, N):
     for t in TILES[kind][D]: check_compiles(float32_source(kind, D, N, *t))
 
 
-def float32_problem(D, N, kind, device="cuda", H=3):
-    "A random problem: kind 0 plain, 1 strided views, not causal, lists for each head, 2 documents, key counts, other lengths, 3 long lists in parts"
-    L = int(torch.randint(1, 5 * N, ())) if kind < 3 else 4096 + 3 * N + 5
-    S = L if kind in (0, 3) else int(torch.randint(1, 6 * N, ()))
-    B = sequences(H, L, S, D, 2)
-    causal, start = kind != 1, S - L if kind != 1 else 0
-    nQ = -(-(start + L) // N) - start // N
-    mask = torch.rand(H if kind == 1 else 1, nQ, -(-S // N)) < (0.6 if kind < 3 else 0.02)
-    if kind == 3: mask[:, :, 0] = True; mask[:, -1] = True    # a column that all see, a row that sees all
-    layout = BlockLayout.from_block_mask(mask, N, causal, L, S).to(device)
-    if kind == 3: B, H = 1, 2
-    def make(n): return torch.randn(B, n, H, D, device=device).transpose(1, 2) if kind == 1 else torch.randn(B, H, n, D, device=device)
-    kw = {}
-    if kind == 2: kw = dict(segment_ids=tuple(torch.randint(0, 2, (B, n), device=device) for n in (L, S)), kv_lengths=torch.randint(0, S + 1, (B,), device=device))
-    return [make(L), make(S), make(S)], layout, kw
+def long_problem(D, N, device="cuda"):
+    "A problem with lists that are split: a column that all see, a row that sees all"
+    L = 4096 + 3 * N + 5
+    mask = torch.rand(1, -(-L // N), -(-L // N)) < 0.02
+    mask[:, :, 0] = True; mask[:, -1] = True
+    return torch.randn(3, 1, 2, L, D, device=device).unbind(), BlockLayout.from_block_mask(mask, N, True, L, L).to(device)
 
 
 def judge(q, k, v, layout, **kw):
@@ -167,8 +158,15 @@ def judge(q, k, v, layout, **kw):
 @pytest.mark.parametrize("N", [16, 32, 64, 128])
 @pytest.mark.parametrize("D", HEAD_DIMS)
 def test_float32_on_the_gpu_within_budget(D, N, kind):
-    (q, k, v), layout, kw = float32_problem(D, N, kind)
+    (q, k, v), layout, kw = hard_problem(D, N, torch.float32, kind)
     judge(q, k, v, layout, **kw)
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("N", [16, 32, 64, 128])
+@pytest.mark.parametrize("D", HEAD_DIMS)
+def test_lists_in_parts_within_budget(D, N):
+    (q, k, v), layout = long_problem(D, N)
+    judge(q, k, v, layout)
 
 
 @pytest.mark.cuda
@@ -192,7 +190,7 @@ def test_float32_traps(N):
 
 @pytest.mark.cuda
 def test_float32_has_the_same_bits_in_every_run():
-    (q, k, v), layout, kw = float32_problem(64, 64, 3)
+    (q, k, v), layout = long_problem(64, 64)
     o, lse = float32_forward(q, k, v, layout, 0.125, None, None)
     do, dlse = torch.randn_like(o), torch.randn_like(lse)
     first = o, lse, *float32_backward(do, dlse, q, k, v, o, lse, layout, 0.125, None, None)
