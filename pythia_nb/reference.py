@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['split_segments', 'visible_pairs', 'attention_oracle', 'row_queries', 'block_keys', 'block_scores', 'head_slices',
            'all_segments', 'blockwise_forward', 'block_ds', 'blockwise_backward', 'low_precision_reference', 'errors',
-           'gradients', 'error_floor', 'check_attention', 'sequences', 'hard_problem', 'sized_problem', 'check_forward',
-           'Pair', 'as_function']
+           'gradients', 'error_floor', 'OverBudget', 'check_attention', 'sequences', 'hard_problem', 'sized_problem',
+           'check_forward', 'Pair', 'as_function']
 
 # %% ../nbs/05_reference.ipynb #72c09387
 import math
@@ -225,6 +225,10 @@ def error_floor(result: Tensor, exact: Tensor, q: Tensor, k: Tensor, scale: floa
     return (torch.finfo(result.dtype).eps + high * largest_score) * largest
 
 # %% ../nbs/05_reference.ipynb #0fb813c0
+class OverBudget(AssertionError):
+    "An error larger than allowed; `share`: how many times"
+    def __init__(self, message: str, share: float): super().__init__(message); self.share = share
+
 def check_attention(
     attention,                         # fn(q, k, v, layout, **kw) -> (o, lse), differentiable
     q: Tensor, k: Tensor, v: Tensor,   # [B, H, L or S, D], in the precision to judge
@@ -246,7 +250,7 @@ def check_attention(
         floor = error_floor(result, exact[name], q, k, kw.get("scale"))
         shares[name] = max(ours[e] / max(factor * theirs[e] + floor, 1e-300) for e in ours)
         if shares[name] > 1:
-            raise AssertionError(f"{name} is off by {ours}, and the budget is {factor} times {theirs} plus {floor:.1e}")
+            raise OverBudget(f"{name} is off by {ours}, and the budget is {factor} times {theirs} plus {floor:.1e}", shares[name])
     return shares
 
 # %% ../nbs/05_reference.ipynb #5c9fd901

@@ -15,7 +15,7 @@ from pythia_nb.cpu import Params, cpu_forward, kernel_source
 from pythia_nb.cpu_backward import cpu_backward
 from pythia_nb.layout import BlockLayout
 from pythia_nb.native import FLAGS, compiler
-from pythia_nb.reference import check_attention, sequences
+from pythia_nb.reference import OverBudget, check_attention, sequences
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 
@@ -89,12 +89,18 @@ def check_case(threads, seed, **case):
     try:
         tensors, layout, kw = cpu_problem(**case)
         return check_attention(on_cpu, *tensors, layout, **kw)
-    except AssertionError as e: raise AssertionError(f"seed {seed}, {threads} threads, {case}: {e}") from None
+    except OverBudget as e: raise OverBudget(f"seed {seed}, {threads} threads, {case}: {e}", e.share) from None
     finally: torch.set_num_threads(before)
 
 @pytest.mark.parametrize("case", list(every_pair(AXES)), ids=lambda case: " ".join(map(str, case.values())))
 def test_every_pair_of_choices_is_within_budget(case):
-    for _ in range(2): check_case(seed=random.SystemRandom().randrange(10**6), **case)
+    "One problem in some thousands is a little over budget by luck; then four more must not be"
+    def fresh(): return check_case(seed=random.SystemRandom().randrange(10**6), **case)
+    for _ in range(2):
+        try: fresh()
+        except OverBudget as e:
+            if e.share > 2: raise
+            for _ in range(4): fresh()
 
 
 def test_rows_and_columns_that_see_nothing():
