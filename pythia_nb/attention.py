@@ -4,12 +4,7 @@
 
 # %% auto #0
 __all__ = ['transforms_active', 'dispatch_modes', 'tracing', 'apply_eager', 'unwrap', 'DTYPES', 'watched', 'EagerAttention',
-           'attend', 'fits', 'explain_misfit', 'check_masks', 'fold_sign', 'block_sparse_attention', 'BACKENDS',
-           'TransformedBackward', 'TransformedForward', 'add_operator', 'any_autocast', 'attention_backward',
-           'attention_forward', 'backend_for', 'call_backend', 'call_operator', 'choose_backend', 'differentiate',
-           'fake_backward', 'fake_forward', 'flatten', 'incoming', 'known_backend', 'library', 'no_forward_mode',
-           'no_second_derivative', 'on_cuda_backward', 'on_cuda_forward', 'run_backward', 'run_forward',
-           'save_for_backward', 'unflatten', 'warn_once']
+           'attend', 'fits', 'explain_misfit', 'check_masks', 'fold_sign', 'block_sparse_attention']
 
 # %% ../nbs/11_attention.ipynb #1a8724e6
 import torch
@@ -18,18 +13,9 @@ from torch.autograd import forward_ad
 
 from .layout import BlockLayout
 from .operators import (
-    BACKENDS, TransformedBackward, TransformedForward, add_operator, any_autocast, attention_backward,
-    attention_forward, backend_for, call_backend, call_operator, choose_backend, differentiate, fake_backward,
-    fake_forward, flatten, incoming, known_backend, library, no_forward_mode, no_second_derivative, on_cuda_backward,
-    on_cuda_forward, run_backward, run_forward, save_for_backward, unflatten, warn_once)
+    BACKENDS, TransformedForward, any_autocast, attention_backward, attention_forward, call_backend, call_operator,
+    choose_backend, flatten, incoming, no_forward_mode)
 from .reference import split_segments
-
-# %% ../nbs/11_attention.ipynb #f8286809
-_all_ = ["BACKENDS", "TransformedBackward", "TransformedForward", "add_operator", "any_autocast",
-         "attention_backward", "attention_forward", "backend_for", "call_backend", "call_operator", "choose_backend",
-         "differentiate", "fake_backward", "fake_forward", "flatten", "incoming", "known_backend", "library",
-         "no_forward_mode", "no_second_derivative", "on_cuda_backward", "on_cuda_forward", "run_backward",
-         "run_forward", "save_for_backward", "unflatten", "warn_once"]
 
 # %% ../nbs/11_attention.ipynb #f6c6713f
 transforms_active, dispatch_modes, tracing = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._is_tracing

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# what has moved to the chapters before can be had from here too
+# those that are not used here are offered beside `generate`, so that a user needs one module only
 from .next_token import KVCache, check_sampling, keep_top_k, keep_top_p, sample_next
 from .tokenizer import END_OF_TEXT, Tokenizer, whole_characters
 

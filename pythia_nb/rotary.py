@@ -76,3 +76,14 @@ def apply_rotary(
     a, b = x[..., :r // 2], x[..., r // 2:r]
     rotated = x[..., :r] * cos + torch.cat([-b, a], dim=-1) * sin
     return torch.cat([rotated.to(x.dtype), x[..., r:]], dim=-1)
+
+# %% ../nbs/00a_rotary.ipynb #7b7463f1
+SCALINGS = [    # that transformers knows too
+    {"type": "linear", "factor": 4.0},
+    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    {"type": "yarn", "factor": 8.0},
+    {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16, "beta_fast": 8.0, "beta_slow": 2.0,
+     "truncate": False},
+    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.5},
+    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 0.3},
+]

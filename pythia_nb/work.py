@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAVY', 'Schedule', 'bounds', 'group_members', 'union_entries', 'work_items', 'lists_of', 'torch_schedule',
-           'some_layout']
+           'some_layout', 'schedule_cases']
 
 # %% ../nbs/05a_work.ipynb #26b77cf4
 from dataclasses import dataclass
@@ -133,3 +133,12 @@ def some_layout(
     mask |= torch.rand(heads, 1, nK, generator=random) < 0.15
     mask |= torch.rand(heads, nQ, 1, generator=random) < 0.1
     return BlockLayout.from_block_mask(mask, block=16, causal=causal, L=nQ * 16 - 5, S=nK * 16 - 5)
+
+# %% ../nbs/05a_work.ipynb #a23a81b7
+def schedule_cases(
+    st,    # hypothesis.strategies, which the package does without
+) -> dict:    # strategies for layout, columns, group and chunk
+    "What a random schedule is made from"
+    layouts = st.builds(some_layout, nQ=st.integers(1, 24), nK=st.integers(1, 24), heads=st.sampled_from([1, 3]), share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+                        causal=st.booleans(), seed=st.integers(0, 2**31))
+    return dict(layout=layouts, columns=st.booleans(), group=st.sampled_from([1, 2, 4, 8]), chunk=st.sampled_from([1, 2, 3, 5, 8, 1000]))

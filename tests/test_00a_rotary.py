@@ -2,7 +2,7 @@
 import pytest
 import torch
 from pythia_nb.config import PythiaConfig
-from pythia_nb.rotary import apply_rotary, rotary_frequencies, rotary_tables
+from pythia_nb.rotary import SCALINGS, apply_rotary, rotary_frequencies, rotary_tables
 from transformers import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
 
@@ -17,16 +17,7 @@ def test_ntk_ends():
     assert (scaled[1:] < plain[1:]).all()
 
 
-@pytest.mark.parametrize("scaling", [
-    None,
-    {"type": "linear", "factor": 4.0},
-    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-    {"type": "yarn", "factor": 8.0},
-    {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16, "beta_fast": 8.0, "beta_slow": 2.0,
-     "truncate": False},
-    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.5},
-    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 0.3},
-])
+@pytest.mark.parametrize("scaling", [None, *SCALINGS])
 @pytest.mark.parametrize("rotary_pct", [0.25, 1.0])
 def test_rotation_equals_transformers(scaling, rotary_pct):
     "Frequencies, the factor on cosine and sine, and rotated queries."

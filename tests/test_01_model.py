@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from pythia_nb.config import PythiaConfig
 from pythia_nb.model import Pythia, dense_attention
+from pythia_nb.rotary import SCALINGS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -238,15 +239,7 @@ def test_other_fields(changes):
     assert (ours - theirs).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("scaling", [
-    {"type": "linear", "factor": 4.0},
-    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-    {"type": "yarn", "factor": 8.0},
-    {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16, "beta_fast": 8.0, "beta_slow": 2.0,
-     "truncate": False},
-    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.5},
-    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 0.3},
-])
+@pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("rotary_pct", [0.25, 1.0])
 def test_scaled_rotary_equals_transformers(scaling, rotary_pct):
     "linear and yarn have transformers' logits."

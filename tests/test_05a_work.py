@@ -3,7 +3,7 @@ import time
 import torch
 from hypothesis import given, settings, strategies as st
 from pythia_nb import patterns as P
-from pythia_nb.work import group_members, some_layout, torch_schedule, union_entries
+from pythia_nb.work import group_members, schedule_cases, torch_schedule, union_entries
 
 
 def check_schedule(layout, plan, columns, group, chunk):
@@ -38,9 +38,7 @@ def check_schedule(layout, plan, columns, group, chunk):
     assert next_entry == entries and next_slot == slots and plan.splits[:splits].tolist() == split_rows
 
 
-layouts = st.builds(some_layout, nQ=st.integers(1, 24), nK=st.integers(1, 24), heads=st.sampled_from([1, 3]), share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-                    causal=st.booleans(), seed=st.integers(0, 2**31))
-arguments = dict(layout=layouts, columns=st.booleans(), group=st.sampled_from([1, 2, 4, 8]), chunk=st.sampled_from([1, 2, 3, 5, 8, 1000]))
+arguments = schedule_cases(st)
 
 
 @settings(max_examples=100, deadline=None)

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from pythia_nb import patterns as P
 from pythia_nb.schedule import compile_report, cuda_schedule, cuda_source, document_layout, schedule, schedule_hash
-from pythia_nb.work import some_layout, torch_schedule
+from pythia_nb.work import schedule_cases, torch_schedule
 from torch import Tensor
 
 
@@ -117,9 +117,7 @@ def assert_same_schedule(plan, expected):
     assert torch.equal(plan.entries[:plan.counts[1]].cpu(), expected.entries[:expected.counts[1]])
 
 
-layouts = st.builds(some_layout, nQ=st.integers(1, 24), nK=st.integers(1, 24), heads=st.sampled_from([1, 3]), share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-                    causal=st.booleans(), seed=st.integers(0, 2**31))
-arguments = dict(layout=layouts, columns=st.booleans(), group=st.sampled_from([1, 2, 4, 8]), chunk=st.sampled_from([1, 2, 3, 5, 8, 1000]))
+arguments = schedule_cases(st)
 
 @settings(max_examples=80, deadline=None)
 @given(**arguments)
