@@ -143,11 +143,11 @@ def max_shared_memory(device: torch.device) -> int:
 # %% ../nbs/06c_cuda_basics.ipynb #ab1599ca
 class Kernel:
     "A compiled kernel on one device; calling it with a number of thread blocks and `Arguments` launches it on PyTorch's current stream"
-    def __init__(self, source: str, name: str, threads: int, shared: int, device: torch.device):
+    def __init__(self, source: str, name: str, threads: int, shared: int, device: torch.device, *options: str):
         from cupy.cuda import driver, runtime    # optional: only a GPU needs it
         self.index, self.threads, self.shared, self.driver, self.runtime = device.index, threads, shared, driver, runtime
         with on_device(device):
-            self.kernel = raw_module(source).get_function(name)
+            self.kernel = raw_module(source, *options).get_function(name)
             if shared > 48 * 1024: self.kernel.max_dynamic_shared_size_bytes = shared
             self.function = self.kernel.kernel.ptr
 
@@ -163,10 +163,10 @@ class Kernel:
             self.driver.launchKernel(*launch)
 
 @functools.cache
-def raw_module(source: str):
+def raw_module(source: str, *options: str):    # for the compiler, besides those of all kernels
     "CuPy's module of a source, which compiles when a kernel is first taken from it"
     import cupy    # optional: only a GPU needs it
-    return cupy.RawModule(code=source, options=OPTIONS)
+    return cupy.RawModule(code=source, options=(*OPTIONS, *options))
 
 # %% ../nbs/06c_cuda_basics.ipynb #4f81f7f9
 def in_steps(strides: tuple[int, ...], size: int) -> bool:    # strides of [B, H, L, D], bytes of a number

@@ -93,14 +93,15 @@ def simulate_forward(q, k, v, layout: BlockLayout, scale: float, head: int = 0, 
 
 # %% ../nbs/07_cuda_forward.ipynb #2e53be52
 ITEM = r'''
-// What this CTA works on: its rows (positions counted from the block grid's start), sequence b, head h, and the list entries start … end - 1
-struct Work { int b, h, at, start, end, slot, first; };
+// What a CTA, or a team of its warps, works on: sequence b, head h, the list `at`, its entries start … end - 1, the part's slot, and BM rows from
+// position `first` on (counted from the block grid's start), which are a part of the list's if N > BM
+struct Work { int b, h, at, start, end, slot, first, part; };
 __device__ __forceinline__ int wide(const Params& p) { return p.layout_heads > 1 ? p.B : p.B * p.H; }    // sequences and heads that share an item
-__device__ __forceinline__ bool this_work(const Params& p, Work& w, int first_row) {
-  // heavy items first; as many heads side by side as the L2 cache holds
+// The work with a number: heavy items first; as many heads side by side as the L2 cache holds. False if there is none
+template <typename W> __device__ __forceinline__ bool find_work(const Params& p, W& w, int number, int first_row) {
   // a division of integers takes some thirty instructions, one after another: none without need
-  const int part = blockIdx.x % PARTS;
-  int x = blockIdx.x / PARTS, heads = wide(p), before = 0;
+  const int part = number % PARTS;
+  int x = number / PARTS, heads = wide(p), before = 0;
   if (p.heads_at_once < heads) {
     const int group = x / (p.max_items * p.heads_at_once);
     x -= group * p.max_items * p.heads_at_once; before = group * p.heads_at_once; heads = min(p.heads_at_once, heads - before);
@@ -108,13 +109,14 @@ __device__ __forceinline__ bool this_work(const Params& p, Work& w, int first_ro
   const int which = x / heads, bh = before + x - which * heads;
   const int4 item = p.items[which];
   if (item.x < 0) return false;
-  w.at = item.x; w.start = item.y; w.end = item.z; w.slot = item.w;
+  w.at = item.x; w.start = item.y; w.end = item.z; w.slot = item.w; w.part = part;
   int list = item.x;
-  if (p.layout_heads > 1) { w.b = bh; w.h = item.x / p.lists; list -= w.h * p.lists; }
-  else { w.b = p.B > 1 ? bh / p.H : 0; w.h = bh - w.b * p.H; }
+  if (p.layout_heads > 1) { const int h = item.x / p.lists; w.b = bh; w.h = h; list -= h * p.lists; }
+  else { const int b = p.B > 1 ? bh / p.H : 0; w.b = b; w.h = bh - b * p.H; }
   w.first = (first_row + list) * N + part * BM;
   return true;
 }
+__device__ __forceinline__ bool this_work(const Params& p, Work& w, int first_row) { return find_work(p, w, blockIdx.x, first_row); }
 '''
 
 # %% ../nbs/07_cuda_forward.ipynb #80f96b49
@@ -154,7 +156,7 @@ __device__ __forceinline__ int key_id(const Params& p, int b, int key) { return 
 '''
 PART_ROWS = r'''// First row of a part's place among the partial results
 __device__ __forceinline__ i64 part_rows(const Params& p, const Work& w) {
-  return ((i64)w.slot * wide(p) + (p.layout_heads > 1 ? w.b : w.b * p.H + w.h)) * (N * G) + blockIdx.x % PARTS * BM;
+  return ((i64)w.slot * wide(p) + (p.layout_heads > 1 ? w.b : w.b * p.H + w.h)) * (N * G) + w.part * BM;
 }
 '''
 WORK = ITEM + OWN_ROWS + ENTRIES + LAST_KEYS + PART_ROWS

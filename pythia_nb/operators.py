@@ -22,7 +22,7 @@ from .cpu import cpu_forward, cpu_takes, why_no_cpu
 from .cpu_backward import cpu_backward
 from .cuda_basics import why_no_cuda
 from .cuda_float32 import float32_backward, float32_forward
-from .cuda_small import forward_by_block
+from .cuda_hopper import forward_on_gpu
 from .cuda_small_backward import backward_by_block
 from .grouped import torch_backward, torch_forward
 from .layout import BlockLayout
@@ -30,7 +30,7 @@ from .layout import BlockLayout
 # %% ../nbs/10a_operators.ipynb #b81d0c55
 def on_cuda_forward(q, *rest):
     "The CUDA forward pass for q's type: tensor cores for 16 bits, [fp32 units](06d_cuda_float32.ipynb) for 32"
-    return (float32_forward if q.dtype == torch.float32 else forward_by_block)(q, *rest)
+    return (float32_forward if q.dtype == torch.float32 else forward_on_gpu)(q, *rest)
 
 def on_cuda_backward(do, dlse, q, *rest):
     "The CUDA backward pass for q's type"
