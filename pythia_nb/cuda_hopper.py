@@ -391,11 +391,14 @@ def forward_on_gpu(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: 
     return forward_call(hopper_recipe, segments is not None, q, k, v, layout, scale, segments, kv_lengths)
 
 # %% ../nbs/09_cuda_hopper.ipynb #c55f57d9
-def hopper_table(rows: list[dict]) -> Table:    # name, D, L, pattern, block, density, tflops
+def hopper_table(
+    rows: list[dict],    # name, D, L, pattern, block, density, tflops
+    limit: float,        # what a large matrix product reaches on that machine, TFLOP/s
+) -> Table:
     "The Hopper kernel beside the others, TFLOP/s of the forward pass"
     rate = lambda name, r: next((f"{x['tflops']:.0f}" for x in rows if x["name"] == name and all(x[f] == r[f] for f in ("D", "L", "pattern", "block"))), "")
     dense = lambda name, r: next((f"{x['tflops']:.0f}" for x in rows if x["name"] == name and (x["D"], x["L"]) == (r["D"], r["L"])), "")
-    lines = ["| D | tokens | pattern | block | density | this kernel | mma.sync | FlexAttention | FA2, dense | cuDNN, dense |", "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|"]
-    lines += [f"| {r['D']} | {r['L']:,} | {r['pattern']} | {r['block']} | {r['density']:.1%} | {r['tflops']:.0f} | {rate('mma.sync', r)} | {rate('flex', r)} | {dense('fa2', r)} | {dense('cudnn', r)} |"
+    lines = ["| D | tokens | pattern | block | density | this kernel | of a matrix product | mma.sync | FlexAttention | FA2, dense | cuDNN, dense |", "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    lines += [f"| {r['D']} | {r['L']:,} | {r['pattern']} | {r['block']} | {r['density']:.1%} | {r['tflops']:.0f} | {r['tflops'] / limit:.0%} | {rate('mma.sync', r)} | {rate('flex', r)} | {dense('fa2', r)} | {dense('cudnn', r)} |"
               for r in rows if r["name"] == "hopper"]
     return Table("\n".join(lines))
