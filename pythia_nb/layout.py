@@ -44,7 +44,7 @@ class BlockLayout:
     q_start: int         # absolute position of the first query
     heads: int           # 1: all heads share the lists
     row_ptr: Tensor      # int32 [heads * nQ + 1]
-    row_cols: Tensor     # int32 [visible]
+    row_cols: Tensor     # int32 [visible], ascending in a row; none after the diagonal if causal, which kernels rely on
     row_full: Tensor     # bool [visible]
     col_ptr: Tensor      # int32 [heads * nK + 1]
     col_rows: Tensor     # int32 [visible]

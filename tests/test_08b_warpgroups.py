@@ -87,10 +87,19 @@ def test_every_job_is_done_by_every_warp_of_one_team_in_any_order_of_events(team
     run_in_any_order(processes, seed)
     assert sorted(done) == sorted((j, tuple((j, t) for t in range(n))) for j, n in enumerate(lengths) for _ in range(warps))
 
-def test_the_simulation_finds_a_missing_barrier(monkeypatch):
-    monkeypatch.setattr(Phased, "is_over", lambda self, parity: True)    # nobody waits
+class Open(Phased):
+    "Nobody waits at it"
+    def is_over(self, parity): return True
+
+@pytest.mark.parametrize("which", ["q_full", "q_empty", "full", "empty"])
+def test_the_simulation_finds_each_missing_barrier(which, monkeypatch):
+    start = SimulatedTeam.__init__
+    def without(self, *about):
+        start(self, *about); setattr(self, which, [Open(b.arrivals) for b in getattr(self, which)])
+    monkeypatch.setattr(SimulatedTeam, "__init__", without)
+    check = test_every_job_is_done_by_every_warp_of_one_team_in_any_order_of_events.hypothesis.inner_test
     with pytest.raises((AssertionError, TypeError)):
-        for seed in range(20): test_every_job_is_done_by_every_warp_of_one_team_in_any_order_of_events.hypothesis.inner_test(2, 2, 2, 1, [3, 4, 5, 2], seed)
+        for seed in range(20): check(2, 2, 2, 1, [3, 4, 5, 2], seed); check(1, 7, 1, 1, [1] * 12, seed)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from pythia_nb import patterns as P
 from pythia_nb.cuda_basics import check_compiles
-from pythia_nb.cuda_forward import cuda_forward
+from pythia_nb.cuda_forward import chunk_size, cuda_forward
 from pythia_nb.cuda_hopper import HOPPER_TILES, forward_on_gpu, hopper_hash, hopper_shared, hopper_source, takes_hopper
 from pythia_nb.reference import check_forward, hard_problem, sized_problem
 from pythia_nb.schedule import compile_report
@@ -35,10 +35,18 @@ def test_every_variant_compiles_without_spills_and_runs_its_products_by_themselv
 @pytest.mark.parametrize("D, N", HOPPER_TILES)
 def test_launch_parameters(D, N):
     t = HOPPER_TILES[D, N]
+    assert t.STAGES >= 3, "a team holds a tile of values while it waits for the next keys and values"
     assert hopper_shared(t, D) <= 227 * 1024 and t.threads <= 1024 and t.BM in (64, 128) and N % t.BM == 0 and N % t.BN == 0 and t.TEAMS in (1, 2, 4)
     at_start = 65536 // t.threads // 8 * 8    # registers of a thread when the kernel starts
     groups = t.threads // 128
     assert (groups - 1) * t.REGS + t.LOADER_REGS <= groups * at_start, "asks for more registers than there are, and would wait for ever"
+
+
+@pytest.mark.parametrize("D, N", HOPPER_TILES)
+def test_a_dense_layout_of_4096_tokens_is_split(D, N):
+    "What the GPU tests below rely on, for 8 heads and the multiprocessors of an H100 or H200"
+    layout = P.dense().layout(4096, block=N)
+    assert layout.nQ > chunk_size(layout.visible * 8, HOPPER_TILES[D, N].TEAMS * 132)
 
 
 def test_other_gpus_and_shapes_stay_with_the_kernels_before(monkeypatch):
@@ -82,12 +90,13 @@ def test_random_layouts_on_hopper(**about):
 @pytest.mark.cuda
 @pytest.mark.parametrize("D, N", HOPPER_TILES)
 def test_a_thread_block_has_many_jobs(D, N):
-    "Hundreds of jobs a team, rows that are split among them, as the kernel with mma.sync computes them"
-    for layout, B in ((P.bigbird(1, 1, 1).layout(300, block=N, device="cuda"), 400), (P.dense().layout(8192, block=N, device="cuda"), 1), (P.strided(3).layout(5000, block=N, device="cuda"), 4)):
+    "Dozens of jobs a team, and rows that are split among teams, as the kernel with mma.sync computes them; the split ones before the judge too"
+    for layout, B in ((P.bigbird(1, 1, 1).layout(300, block=N, device="cuda"), 400), (P.dense().layout(4096, block=N, device="cuda"), 1), (P.strided(3).layout(5000, block=N, device="cuda"), 4)):
         q, k, v = (torch.randn(B, 8, layout.L, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         ours, expected = hopper_forward(q, k, v, layout, D**-0.5), cuda_forward(q, k, v, layout, D**-0.5, None, None)
         torch.testing.assert_close(ours[0].float(), expected[0].float(), atol=3e-2, rtol=2e-2)
         torch.testing.assert_close(ours[1], expected[1], atol=1e-4, rtol=1e-4)
+        if layout.L == 4096: check_forward(*ours, q, k, v, layout)
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("D, N", HOPPER_TILES)
