@@ -9,7 +9,8 @@ from pathlib import Path
 from pythia_nb import patterns as P
 from pythia_nb.cuda_basics import HEAD_DIMS, Operations, check_compiles, params_at
 from pythia_nb.cuda_forward import (
-    COMBINE, FORWARD, cuda_forward, forward_hash, forward_shared, forward_tiles, kernel_source, simulate_forward,
+    COMBINE, FORWARD, cuda_forward, forward_hash, forward_kernels, forward_shared, forward_tiles, kernel_source,
+    make_plan, simulate_forward,
 )
 from pythia_nb.layout import BlockLayout
 from pythia_nb.reference import attention_oracle, check_forward, hard_problem
@@ -67,8 +68,17 @@ def test_forward_on_the_gpu(D, N, dtype, kind):
 
 
 @pytest.mark.cuda
-def test_long_rows_are_split_and_long_sequences_indexed(L=1 << 20):
-    "A million tokens: offsets beyond 2^31 bytes, and one row that sees everything"
+@pytest.mark.parametrize("D, N", [(64, 64), (64, 128), (128, 64), (128, 128)])
+def test_rows_in_parts_within_budget(D, N):
+    "Rows longer than a part: several thread blocks share one, and the second kernel combines what they leave"
+    layout = P.dense().layout(4096, block=N, device="cuda")
+    q, k, v = (torch.randn(1, 8, 4096, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    assert make_plan(layout, False, forward_kernels(D, N, True, q.device)[0], 8, q.device).counts[2] > 0, "nothing is split"
+    check_forward(*cuda_forward(q, k, v, layout, D**-0.5, None, None), q, k, v, layout)
+
+@pytest.mark.cuda
+def test_a_million_tokens(L=1 << 20):
+    "Offsets beyond 2^31 bytes"
     layout = (P.local(1) | P.sinks(1)).layout(L, block=64, device="cuda")
     q, k, v = (torch.randn(1, L, 20, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))    # 2.7 GB each
     o, lse = cuda_forward(q, k, v, layout, 0.125, None, None)
