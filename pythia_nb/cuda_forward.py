@@ -8,7 +8,8 @@ __all__ = ['ITEM', 'OWN_ROWS', 'ENTRIES', 'LAST_KEYS', 'PART_ROWS', 'WORK', 'FOR
            'FORWARD_VALUES', 'FORWARD_END', 'FORWARD', 'COMBINE', 'Work', 'simulate_work', 'simulate_rows',
            'simulate_forward', 'forward_shared', 'forward_tiles', 'kernel_source', 'source_hash', 'forward_hash',
            'chunk_size', 'multiprocessors', 'choose_tile', 'make_plan', 'cuda_kernel', 'forward_kernels',
-           'partial_rows', 'combine_blocks', 'forward_recipe', 'cuda_forward', 'tflops_table', 'tries_table']
+           'partial_rows', 'combine_blocks', 'forward_recipe', 'cuda_forward', 'check_end_of_long_sequence',
+           'tflops_table', 'tries_table']
 
 # %% ../nbs/07_cuda_forward.ipynb #88e29ea2
 import functools
@@ -22,6 +23,7 @@ from torch import Tensor
 from .cuda_basics import PARAMS, Kernel, Recipe, forward_call, forward_recipe_of, max_shared_memory
 from .config import Table
 from .layout import BlockLayout
+from .named_patterns import local, sinks
 from .schedule import schedule
 from .tensor_cores import COPY, INSTRUCTIONS, PRODUCTS, SETTINGS, SHAPES, Tile, macros
 from .work import Schedule
@@ -485,14 +487,16 @@ def combine_blocks(plan: Schedule, wide: int, N: int, D: int, device: torch.devi
 # %% ../nbs/07_cuda_forward.ipynb #68c11959
 def forward_recipe(
     layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor,
-    kernels=None,    # others than `forward_kernels`
+    kernels=None,          # others than `forward_kernels`
+    stay: bool = False,    # do thread blocks stay, one on each multiprocessor, and take job after job?
 ) -> Recipe:
     "All that calls with such tensors share"
     (B, H, L, D), N, device = q.shape, layout.block, q.device
     t, kernel, combine = (kernels or forward_kernels)(D, N, q.dtype == torch.bfloat16, device)
     wide = B if layout.heads > 1 else B * H
     plan = make_plan(layout, False, t, wide, device)
-    return forward_recipe_of(layout, untrusted, q, k, v, plan, partial_rows(plan, wide, N), kernel, plan.max_items * wide * t.parts(N),
+    jobs = plan.max_items * wide * t.parts(N)
+    return forward_recipe_of(layout, untrusted, q, k, v, plan, partial_rows(plan, wide, N), kernel, min(jobs, multiprocessors(device)) if stay else jobs,
                              combine, combine_blocks(plan, wide, N, D, device), heads_at_once=wide)
 
 # %% ../nbs/07_cuda_forward.ipynb #695fb091
@@ -504,6 +508,20 @@ def cuda_forward(
 ) -> tuple[Tensor, Tensor]:                  # o like q, lse [B, H, L] fp32
     "Block-sparse attention by the CUDA kernel"
     return forward_call(forward_recipe, segments is not None, q, k, v, layout, scale, segments, kv_lengths)
+
+# %% ../nbs/07_cuda_forward.ipynb #cb68a0ff
+def check_end_of_long_sequence(
+    forward,                # as `cuda_forward`
+    L: int = 1 << 20, H: int = 20, device="cuda", dtype=torch.bfloat16,    # by default each tensor is 2.7 GB, 2^31 bytes and more
+):
+    "Raise AssertionError unless the last block of queries, which sees itself and the first block of keys, is right"
+    layout = (local(1) | sinks(1)).layout(L, block=64, device=device)
+    q, k, v = (torch.randn(1, L, H, 64, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
+    o, lse = forward(q, k, v, layout, 0.125, None, None)
+    at, keys = slice(L - 64, L), torch.cat([torch.arange(64, device=device), torch.arange(L - 64, L, device=device)])
+    s = (q[:, :, at].double() @ k[:, :, keys].double().mT * 0.125).masked_fill(keys > torch.arange(L - 64, L, device=device)[:, None], -math.inf)
+    torch.testing.assert_close(lse[:, :, at].double(), s.logsumexp(-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(o[:, :, at].double(), s.softmax(-1) @ v[:, :, keys].double(), atol=2e-2, rtol=2e-2)
 
 # %% ../nbs/07_cuda_forward.ipynb #4d0fe3c0
 def tflops_table(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEAM', 'COPY_ROWS', 'LOADER', 'HOPPER_BEGIN', 'HOPPER_JOB', 'HOPPER_TILE', 'HOPPER_SCORES', 'ADD_VALUES',
            'HOPPER_SOFTMAX', 'OTHER_DOCUMENT', 'HOPPER_VALUES', 'STORE_DIRECT', 'HOPPER_END', 'HOPPER', 'HEAD',
-           'HOPPER_TILES', 'HopperTile', 'hopper_shared', 'hopper_source', 'hopper_hash', 'takes_hopper',
-           'hopper_kernels', 'hopper_recipe', 'forward_on_gpu', 'hopper_table']
+           'HOPPER_TILES', 'hopper_recipe', 'HopperTile', 'hopper_shared', 'hopper_source', 'hopper_hash',
+           'takes_hopper', 'hopper_kernels', 'forward_on_gpu', 'hopper_table']
 
 # %% ../nbs/09_cuda_hopper.ipynb #c50e032b
 import functools
@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from .config import Table
-from .cuda_basics import PARAMS, Kernel, Recipe, forward_call, forward_recipe_of, max_shared_memory
-from .cuda_forward import COMBINE, WORK, chunk_size, combine_blocks, cuda_kernel, multiprocessors, partial_rows
+from .cuda_basics import PARAMS, Kernel, forward_call, max_shared_memory
+from .cuda_forward import COMBINE, WORK, cuda_kernel, forward_recipe
 from .cuda_small import forward_by_block
 from .layout import BlockLayout
-from .schedule import schedule
 from .tensor_cores import INSTRUCTIONS, PRODUCTS, SHAPES, Tile, macros
 from .warpgroups import BARRIERS, WGMMA, wgmma_function
 
@@ -340,6 +339,12 @@ class HopperTile(NamedTuple):
     @property
     def threads(self) -> int: return self.TEAMS * self.BM * 2 + 128
 
+    @property
+    def CTAS(self) -> int: return self.TEAMS    # what a multiprocessor works on at once
+
+    def group(self, N: int) -> int: return 1               # lists of a team
+    def parts(self, N: int) -> int: return N // self.BM    # jobs that share a list
+
 HEAD = 3072    # bytes of shared memory before the tiles
 
 HOPPER_TILES = {    # (D, N) -> shape
@@ -375,14 +380,7 @@ def hopper_kernels(D: int, N: int, bf16: bool, device: torch.device) -> tuple[Ho
     kernel = Kernel(hopper_source(D, N, bf16), "attention_forward", t.threads, hopper_shared(t, D), device, "-arch=sm_90a")
     return t, kernel, cuda_kernel("attention_combine", COMBINE, D, N, Tile(64, 64, 64, 1, 1), bf16, 0, device, 256)
 
-def hopper_recipe(layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor) -> Recipe:
-    "All that calls with such tensors share"
-    (B, H, L, D), N, device = q.shape, layout.block, q.device
-    t, kernel, combine = hopper_kernels(D, N, q.dtype == torch.bfloat16, device)
-    wide, places = B if layout.heads > 1 else B * H, multiprocessors(device)
-    plan = schedule(layout, False, 1, chunk_size(layout.visible * wide, t.TEAMS * places))
-    return forward_recipe_of(layout, untrusted, q, k, v, plan, partial_rows(plan, wide, N), kernel, min(places, plan.max_items * wide * (N // t.BM)),
-                             combine, combine_blocks(plan, wide, N, D, device), heads_at_once=wide)
+hopper_recipe = functools.partial(forward_recipe, kernels=hopper_kernels, stay=True)    # made once: calls are remembered by who makes their recipe
 
 # %% ../nbs/09_cuda_hopper.ipynb #625b6dc0
 def forward_on_gpu(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, segments, kv_lengths) -> tuple[Tensor, Tensor]:    # as `cuda_forward`

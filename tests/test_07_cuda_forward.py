@@ -1,6 +1,5 @@
 "Tests of 07_cuda_forward. Generated from nbs/07_cuda_forward.ipynb: edit that, then run pythia_book build."
 import json
-import math
 import pytest
 import time
 import torch
@@ -9,9 +8,10 @@ from pathlib import Path
 from pythia_nb import patterns as P
 from pythia_nb.cuda_basics import HEAD_DIMS, Operations, check_compiles, params_at
 from pythia_nb.cuda_forward import (
-    COMBINE, FORWARD, cuda_forward, forward_hash, forward_kernels, forward_shared, forward_tiles, kernel_source,
-    make_plan, simulate_forward,
+    COMBINE, FORWARD, check_end_of_long_sequence, cuda_forward, forward_hash, forward_kernels, forward_shared,
+    forward_tiles, kernel_source, make_plan, simulate_forward,
 )
+from pythia_nb.grouped import torch_forward
 from pythia_nb.layout import BlockLayout
 from pythia_nb.reference import attention_oracle, check_forward, hard_problem
 from pythia_nb.schedule import compile_report
@@ -55,6 +55,12 @@ def test_launch_parameters_fit_every_gpu(D, N):
     assert forward_shared(forward_tiles(D, N)[-1], D) <= 99 * 1024
 
 
+def test_the_check_of_long_sequences_passes_what_is_right_and_only_that():
+    few = dict(L=256, H=2, device="cpu", dtype=torch.float32)
+    check_end_of_long_sequence(torch_forward, **few)
+    with pytest.raises(AssertionError): check_end_of_long_sequence(lambda q, k, v, *rest: torch_forward(q, k.roll(1, 2), v, *rest), **few)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", range(4))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -77,17 +83,7 @@ def test_rows_in_parts_within_budget(D, N):
     check_forward(*cuda_forward(q, k, v, layout, D**-0.5, None, None), q, k, v, layout)
 
 @pytest.mark.cuda
-def test_a_million_tokens(L=1 << 20):
-    "Offsets beyond 2^31 bytes"
-    layout = (P.local(1) | P.sinks(1)).layout(L, block=64, device="cuda")
-    q, k, v = (torch.randn(1, L, 20, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))    # 2.7 GB each
-    o, lse = cuda_forward(q, k, v, layout, 0.125, None, None)
-    at = slice(L - 64, L)
-    keys = torch.cat([torch.arange(64), torch.arange(L - 64, L)])
-    s = q[:, :, at].double() @ k[:, :, keys].double().mT * 0.125
-    s = s.masked_fill((keys.cuda() > torch.arange(L - 64, L, device="cuda")[:, None]), -math.inf)
-    torch.testing.assert_close(lse[:, :, at].double(), s.logsumexp(-1), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(o[:, :, at].double(), s.softmax(-1) @ v[:, :, keys].double(), atol=2e-2, rtol=2e-2)
+def test_a_million_tokens(): check_end_of_long_sequence(cuda_forward)
 
 
 def launches_without_a_gpu(monkeypatch, N=64) -> list[tuple[int, tuple]]:

@@ -1,16 +1,18 @@
 "Tests of 09_cuda_hopper. Generated from nbs/09_cuda_hopper.ipynb: edit that, then run pythia_book build."
 import functools
 import json
-import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from pythia_nb import patterns as P
-from pythia_nb.cuda_basics import check_compiles
-from pythia_nb.cuda_forward import chunk_size, cuda_forward
-from pythia_nb.cuda_hopper import HOPPER_TILES, forward_on_gpu, hopper_hash, hopper_shared, hopper_source, takes_hopper
-from pythia_nb.reference import check_forward, hard_problem, sized_problem
+from pythia_nb.cuda_backward import cuda_backward
+from pythia_nb.cuda_basics import check_compiles, params_at
+from pythia_nb.cuda_forward import check_end_of_long_sequence, chunk_size, cuda_forward
+from pythia_nb.cuda_hopper import (
+    HOPPER_TILES, forward_on_gpu, hopper_hash, hopper_recipe, hopper_shared, hopper_source, takes_hopper,
+)
+from pythia_nb.reference import as_function, check_attention, check_forward, hard_problem, sized_problem
 from pythia_nb.schedule import compile_report
 
 
@@ -56,6 +58,23 @@ def test_other_gpus_and_shapes_stay_with_the_kernels_before(monkeypatch):
         monkeypatch.setitem(takes_hopper.__wrapped__.__globals__, "max_shared_memory", lambda device: 227 * 1024)
         seen.append([(D, N) for D in (32, 64, 80, 128, 256) for N in (16, 32, 64, 128) if takes_hopper.__wrapped__(name, D, N)])
     assert seen == [[], [(64, 64), (64, 128), (128, 64), (128, 128)], []]
+
+
+@pytest.mark.parametrize("D, N", HOPPER_TILES)
+def test_a_call_launches_at_most_a_thread_block_for_each_multiprocessor(D, N, monkeypatch):
+    "Without a GPU: how many thread blocks, and where they find queries, results and the number of items"
+    launches = []
+    def kernel(blocks, arguments): launches.append((blocks, params_at(arguments)))
+    monkeypatch.setitem(hopper_recipe.keywords, "kernels", lambda *about: (HOPPER_TILES[D, N], kernel, lambda *arguments: None))
+    monkeypatch.setitem(cuda_forward.__globals__, "multiprocessors", lambda device: 132)
+    monkeypatch.setitem(forward_on_gpu.__globals__, "takes_hopper", lambda *about: True)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for L, blocks in ((100, 2 * 3 * (2 if N == 64 else 1)), (40_000, 132)):
+        q = torch.randn(2, 3, L, D, dtype=torch.bfloat16)
+        o, lse = forward_on_gpu(q, q, q, P.local(1).layout(L, block=N), 0.125, None, None)
+        got, params = launches.pop()
+        assert got == blocks and (params[0], params[5], params[9]) == (q.data_ptr(), o.data_ptr(), lse.data_ptr())
 
 
 @functools.cache
@@ -116,15 +135,14 @@ def test_hopper_gives_the_same_bits_on_every_stream_and_in_graphs(D, N):
     assert torch.equal(captured[0], expected)
 
 @pytest.mark.cuda
-def test_a_million_tokens_on_hopper(L=1 << 20):
-    "Offsets beyond 2^31 bytes"
-    layout = (P.local(1) | P.sinks(1)).layout(L, block=64, device="cuda")
-    q, k, v = (torch.randn(1, L, 20, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
-    o, lse = hopper_forward(q, k, v, layout, 0.125)
-    at, keys = slice(L - 64, L), torch.cat([torch.arange(64), torch.arange(L - 64, L)]).cuda()
-    s = (q[:, :, at].double() @ k[:, :, keys].double().mT * 0.125).masked_fill(keys > torch.arange(L - 64, L, device="cuda")[:, None], -math.inf)
-    torch.testing.assert_close(lse[:, :, at].double(), s.logsumexp(-1), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(o[:, :, at].double(), s.softmax(-1) @ v[:, :, keys].double(), atol=2e-2, rtol=2e-2)
+def test_a_million_tokens_on_hopper(): check_end_of_long_sequence(hopper_forward)
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("D, N", HOPPER_TILES)
+def test_gradients_behind_it_within_budget(D, N):
+    "The backward pass takes this kernel's o and lse"
+    (q, k, v), layout, kw = hard_problem(D, N, torch.bfloat16, 2)
+    check_attention(as_function(hopper_forward, cuda_backward), q, k, v, layout, **kw)
 
 
 def test_the_sources_are_the_ones_that_passed_on_a_gpu():
