@@ -7,7 +7,7 @@ __all__ = ['KEPT', 'SHARING', 'BACKWARD_BEGIN', 'BACKWARD_FETCH', 'BACKWARD_STAT
            'BACKWARD_WEIGHTS', 'BACKWARD_MASK', 'BACKWARD_SUMS', 'BACKWARD_OTHERS', 'BACKWARD_END', 'BACKWARD',
            'COMBINE_COLUMNS', 'MAIN', 'simulate_columns', 'simulate_backward', 'backward_shared', 'backward_tiles',
            'backward_parts', 'backward_hash', 'heads_at_once', 'backward_kernels', 'prepare_blocks', 'places',
-           'backward_recipe', 'with_copies', 'cuda_backward']
+           'backward_recipe', 'with_copies', 'backward_call', 'cuda_backward']
 
 # %% ../nbs/08_cuda_backward.ipynb #7a408c6f
 import functools
@@ -462,16 +462,21 @@ def places(**sizes: int) -> dict[str, int]:    # where each starts, and `all`: t
     starts = itertools.accumulate((-(-size // 256) * 256 for size in sizes.values()), initial=0)
     return dict(zip((*sizes, "all"), starts))
 
-def backward_recipe(layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor) -> Recipe:
+def backward_recipe(
+    layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor,
+    kernels=None,          # others than `backward_kernels`
+    stay: bool = False,    # do thread blocks of the main kernel stay, one on each multiprocessor, and take job after job?
+) -> Recipe:
     "All that calls with such tensors share"
     (B, H, L, D), N, S, device = q.shape, layout.block, k.shape[2], q.device
-    t, prepare, mains, combine, finish = backward_kernels(D, N, q.dtype == torch.bfloat16, device)
+    t, prepare, mains, combine, finish = (kernels or backward_kernels)(D, N, q.dtype == torch.bfloat16, device)
     wide = B if layout.heads > 1 else B * H
     plan, strips = make_plan(layout, True, t, wide, device), layout.nQ * N // 16
     n = partial_rows(plan, wide, N)
     grads = {name: torch.empty_like(x, device="meta") for name, x in (("dq", q), ("dk", k), ("dv", v))}
     params = pack_params(plan, layout, 0, MASKS, untrusted, q, k, v, o=o, dout=do, **grads, strips=strips, heads_at_once=heads_at_once(L, D, N, wide, device))
-    launches = [(prepare, prepare_blocks(B, H, L, S, D, device)), *((main, plan.max_items * wide * t.parts(N)) for main in mains),
+    jobs = plan.max_items * wide * t.parts(N)
+    launches = [(prepare, prepare_blocks(B, H, L, S, D, device)), *((main, min(jobs, multiprocessors(device)) if stay else jobs) for main in mains),
                 (combine, combine_blocks(plan, 2 * wide, N, D, device) if n else 0), (finish, -(-B * H * strips * 2 * D // 256))]
     return Recipe("q k v o dout dq dk dv lse dlse rows bounds dq_sum partial", params, plan, launches, all(in_steps(x.stride(), 2) for x in (q, k, v, o, do)),
                   **places(bounds=4 * B * H * (D + 1), rows=16 * B * H * L, dq_sum=64 * B * H * strips * D, partial=8 * n * D))
@@ -482,14 +487,10 @@ def with_copies(backward, do, dlse, q, k, v, o, *rest) -> tuple[Tensor, Tensor, 
     used = [aligned(t) for t in (q, k, v, o)]
     return tuple(map(as_given, backward(aligned(do), dlse, *used, *rest), (q, k, v), used))
 
-def cuda_backward(
-    do: Tensor, dlse: Tensor | None,         # gradients of o [B, H, L, D] and of lse [B, H, L]
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    layout: BlockLayout, scale: float, segments, kv_lengths,
-) -> tuple[Tensor, Tensor, Tensor]:          # dq, dk, dv like q, k, v
-    "Gradients of block-sparse attention by the CUDA kernels; the same bits in every run"
-    recipe, at = recipe_for(backward_recipe, layout, segments is not None, q, k, v, o, do), [t.data_ptr() for t in (q, k, v, o, do)]
-    if not recipe.takes(at): return with_copies(cuda_backward, do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths)
+def backward_call(make, do, dlse, q, k, v, o, lse, layout: BlockLayout, scale: float, segments, kv_lengths) -> tuple[Tensor, Tensor, Tensor]:    # as `cuda_backward`
+    "Gradients of block-sparse attention by the kernels of a recipe, which `make` makes"
+    recipe, at = recipe_for(make, layout, segments is not None, q, k, v, o, do), [t.data_ptr() for t in (q, k, v, o, do)]
+    if not recipe.takes(at): return with_copies(functools.partial(backward_call, make), do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths)
     kept, masks = masks_for(recipe, layout, segments, kv_lengths, q.shape[0])
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -500,3 +501,11 @@ def cuda_backward(
     recipe.launch(scale, masks, *at, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
                   start + sizes["rows"], start + sizes["bounds"], start + sizes["dq_sum"], start + sizes["partial"])
     return dq, dk, dv
+
+def cuda_backward(
+    do: Tensor, dlse: Tensor | None,         # gradients of o [B, H, L, D] and of lse [B, H, L]
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    layout: BlockLayout, scale: float, segments, kv_lengths,
+) -> tuple[Tensor, Tensor, Tensor]:          # dq, dk, dv like q, k, v
+    "Gradients of block-sparse attention by the CUDA kernels; the same bits in every run"
+    return backward_call(backward_recipe, do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths)

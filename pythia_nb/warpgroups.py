@@ -55,11 +55,15 @@ __device__ __forceinline__ u64 descriptor(u32 at, int panel) { return (u64)(at >
 '''
 
 # %% ../nbs/08b_warpgroups.ipynb #0b15c049
-def wgmma_function(name: str, n: int, values: bool) -> str:
-    "CUDA source of a product with n columns: queries and keys both from shared memory, or weights from registers and values from shared memory, transposed on the way"
+def wgmma_function(
+    name: str, n: int,           # of the function, and columns of the product
+    values: bool,                # weights from registers and values from shared memory, transposed on the way? Else both tiles from shared memory
+    transposed: bool = False,    # are these two transposed on the way?
+) -> str:
+    "CUDA source of a product of 64 rows"
     k = n // 2    # registers of the accumulator
     c, outs = ", ".join(f"%{i}" for i in range(k)), ", ".join(f'"+f"(c[0][{j}][{e}])' for j in range(n // 8) for e in range(4))
-    a, more, transposed = (f"{{%{k}, %{k + 1}, %{k + 2}, %{k + 3}}}, %{k + 4}", k + 5, "1") if values else (f"%{k}, %{k + 1}", k + 2, "0, 0")
+    a, more, transposed = (f"{{%{k}, %{k + 1}, %{k + 2}, %{k + 3}}}, %{k + 4}", k + 5, "1") if values else (f"%{k}, %{k + 1}", k + 2, "1, 1" if transposed else "0, 0")
     argument, ins = ("const u32 (&a)[4]", '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])') if values else ("u64 a", '"l"(a)')
     def line(t): return (f'  asm volatile("{{.reg .pred add; setp.ne.b32 add, %{more}, 0; '
                          f'wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{t}.{t} {{{c}}}, {a}, add, 1, 1, {transposed};}}"')

@@ -1,0 +1,83 @@
+"Tests of 09b_hopper_backward. Generated from nbs/09b_hopper_backward.ipynb: edit that, then run pythia_book build."
+import functools
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from pythia_nb import patterns as P
+from pythia_nb.cuda_basics import check_compiles
+from pythia_nb.cuda_hopper import forward_on_gpu
+from pythia_nb.emulator import emulated_gpu
+from pythia_nb.grouped import torch_backward, torch_forward
+from pythia_nb.hopper_backward import COLUMN_TILES, column_shared, column_source, hopper_backward
+from pythia_nb.reference import as_function, check_attention, hard_problem, sized_problem
+from pythia_nb.schedule import compile_report
+
+
+@pytest.mark.parametrize("D, N", COLUMN_TILES)
+@pytest.mark.parametrize("bf16", [True, False])
+def test_every_variant_compiles_without_spills_and_runs_its_products_by_themselves(D, N, bf16):
+    source = column_source(D, N, bf16)
+    check_compiles(source, ("sm_90a",))
+    _, log = compile_report(source, "sm_90a")
+    assert "C75" not in log, f"the compiler serialises products or ignores setmaxnreg: {log}"
+
+@pytest.mark.parametrize("D, N", COLUMN_TILES)
+def test_launch_parameters(D, N):
+    t = COLUMN_TILES[D, N]
+    assert column_shared(t, D) <= 227 * 1024 and t.threads <= 1024 and t.BN == 64 and t.BM in (64, 128) and N % t.BM == 0 and 4 // t.TEAMS >= 1 and D // 64 % (t.BM // 64) == 0
+    at_start, groups = 65536 // t.threads // 8 * 8, t.threads // 128    # registers of a thread when the kernel starts
+    assert (groups - 1) * t.REGS + t.LOADER_REGS <= groups * at_start, "asks for more registers than there are, and would wait for ever"
+
+
+@pytest.mark.parametrize("kind, dtype, about", [(0, torch.bfloat16, (64, 64)), (1, torch.float16, (64, 128)), (2, torch.bfloat16, (128, 64)), (1, torch.bfloat16, (128, 128))])
+def test_the_source_computes_gradients_on_a_cpu(kind, dtype, about):
+    (q, k, v), layout, kw = hard_problem(*about, dtype, kind, blocks=4, device="cpu")
+    with emulated_gpu(): check_attention(as_function(torch_forward, hopper_backward), q, k, v, layout, **kw)
+
+@pytest.mark.parametrize("D, N", COLUMN_TILES)
+def test_columns_in_parts_and_groups_of_heads(D, N):
+    "Long columns, of which each part starts elsewhere; and the same dQ to the bit in another order of events"
+    layout = (P.strided(3) | P.local(1)).layout(10 * N - 5, block=N)
+    q, k, v, do = (torch.randn(1, 3, layout.L, D, dtype=torch.bfloat16) for _ in range(4))
+    o, lse = torch_forward(q, k, v, layout, D**-0.5, None, None)
+    with emulated_gpu(): ours, again = (hopper_backward(do, None, q, k, v, o, lse, layout, D**-0.5, None, None) for _ in range(2))
+    expected = torch_backward(do, None, q, k, v, o, lse, layout, D**-0.5, None, None)
+    for a, b, e in zip(ours, again, expected):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a.float(), e.float(), atol=3e-2, rtol=2e-2)
+
+
+@functools.cache
+def needs_hopper():
+    if torch.cuda.get_device_capability() != (9, 0): pytest.skip("needs a GPU with compute capability 9.0")
+
+def on_hopper(*arguments):
+    needs_hopper()
+    return hopper_backward(*arguments)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D, N", COLUMN_TILES)
+def test_gradients_within_budget(D, N, dtype, kind):
+    (q, k, v), layout, kw = hard_problem(D, N, dtype, kind)
+    poison = torch.full((64 << 20,), float("nan"), device="cuda"); del poison    # freed memory that the outputs will be made from
+    check_attention(as_function(forward_on_gpu, on_hopper), q, k, v, layout, **kw)
+
+@pytest.mark.cuda
+@settings(max_examples=100, deadline=None)
+@given(D=st.sampled_from([64, 128]), N=st.sampled_from([64, 128]), L=st.integers(1, 900), S=st.integers(1, 900), H=st.integers(1, 3), causal=st.booleans(), per_head=st.booleans(),
+       density=st.floats(0, 1), dtype=st.sampled_from([torch.bfloat16, torch.float16]), seed=st.integers(0, 1 << 30))
+def test_gradients_of_random_layouts(**about):
+    (q, k, v), layout = sized_problem(**about)
+    check_attention(as_function(forward_on_gpu, on_hopper), q, k, v, layout)
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("D, N", COLUMN_TILES)
+def test_twenty_runs_of_a_crowded_problem_agree(D, N):
+    layout = (P.strided(2) | P.sinks(2)).layout(4096, block=N, device="cuda")
+    q, k, v, do = (torch.randn(2, 8, 4096, D, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    o, lse = forward_on_gpu(q, k, v, layout, D**-0.5, None, None)
+    first = on_hopper(do, None, q, k, v, o, lse, layout, D**-0.5, None, None)
+    for _ in range(20): assert all(torch.equal(a, b) for a, b in zip(first, on_hopper(do, None, q, k, v, o, lse, layout, D**-0.5, None, None)))
