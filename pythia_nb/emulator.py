@@ -146,7 +146,7 @@ static void arrive(u32 at) {
 static void arrive_when_copied(u32 at) {
   Pending p{{}, at};
   for (auto& group : now->copies) p.copies.insert(p.copies.end(), group.begin(), group.end());
-  now->copies.assign(1, {}); pending.push_back(p);
+  now->copies.assign(1, {}); pending.push_back(p); perhaps_let_others();
 }
 static void carry_out_one() {
   const u32 i = dice(pending.size()); Pending p = pending[i];
@@ -287,15 +287,22 @@ static void run_block(int threads, void (*kernel)()) {
     f.start.uc_stack.ss_sp = f.stack.get(); f.start.uc_stack.ss_size = 1 << 16; f.start.uc_link = nullptr;
     makecontext(&f.start, kernel, 0);
   }
-  for (int left = threads; left && error.empty();) {
+  std::vector<char> slow(threads / 32); int rounds = 0;
+  for (int left = threads; left && error.empty(); rounds--) {
+    if (!rounds) {    // for a while nobody is slow, or half of the warps, or all but some
+      const u32 share = dice(3);
+      for (char& x : slow) x = share == 0 ? 0 : share == 1 ? dice(2) : dice(4) > 0;
+      rounds = 1 + dice(200);
+    }
     bool moved = false; const int step = dice(2) ? 1 : threads - 1;
     for (int n = 0, i = dice(threads); n < threads && error.empty(); n++, i = (i + step) % threads) {
       Fiber& f = *fibers[i];
-      if (f.done || (f.ready && !f.ready())) continue;
+      if (f.done || slow[i / 32] || (f.ready && !f.ready())) continue;
       moved = true; go_on(f); left -= f.done;
       if (pending.size() && !dice(64)) carry_out_one();
     }
     if (pending.size() && (!moved || dice(2))) { carry_out_one(); moved = true; }
+    if (!moved && std::count(slow.begin(), slow.end(), 1)) { std::fill(slow.begin(), slow.end(), 0); moved = true; }    // the others wait for the slow ones
     if (!moved) fail("all threads wait for one another");
   }
 }

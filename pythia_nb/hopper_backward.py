@@ -245,7 +245,7 @@ COLUMN_DQ = r'''
     #pragma unroll
     for (int panel = 0; panel < PANELS / GROUPS; panel++) {
       const int at = panel * GROUPS + group;
-      float dq[1][8][4];
+      float dq[1][8][4]; int* to = sums + at * 1024;    // 8 tiles of 8 columns, 4 numbers of 32 lanes each
       wgmma_fence();
       #pragma unroll
       for (int kk = 0; kk < BM / 16; kk++) wgmma_dq(dq, descriptor(ds_tile, 0) + (kk * 2048 >> 4), descriptor(k_tile + at * BM * 128, 0) + (kk * 2048 >> 4), kk > 0);
@@ -258,7 +258,7 @@ COLUMN_DQ = r'''
       for (int i = 0; i < 8; i++) {
         const float2 unit = *(const float2*)(units + at * 64 + i * 8 + lane % 4 * 2);
         #pragma unroll
-        for (int e = 0; e < 4; e++) reduce_add(sums + (at * 32 + i * 4 + e) * 32, __float2int_rn(dq[0][i][e] * to_row[e / 2] * (e % 2 ? unit.y : unit.x)));
+        for (int e = 0; e < 4; e++) reduce_add(to + (i * 4 + e) * 32, __float2int_rn(dq[0][i][e] * to_row[e / 2] * (e % 2 ? unit.y : unit.x)));
       }
     }
   }

@@ -63,7 +63,7 @@ def what_happens(hole, seed: int) -> str:
     with emulated_gpu(seed):
         kernels, stay = hole()
         try: o, _ = forward_call(functools.partial(forward_recipe, kernels=kernels, stay=stay), False, q, k, v, layout, 0.125, None, None)
-        except EmulationError as e: return str(e).partition(": ")[2]
+        except EmulationError as e: return str(e).partition(": ")[2].partition(" (")[0]
     return "right" if (o - attention_oracle(*(t.double() for t in (q, k, v)), layout)[0]).abs().max() < 0.05 else "wrong numbers"
 
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from pythia_nb import patterns as P
-from pythia_nb.cuda_basics import check_compiles
+from pythia_nb.cuda_backward import backward_call, backward_recipe
+from pythia_nb.cuda_basics import Kernel, check_compiles
 from pythia_nb.cuda_hopper import forward_on_gpu
-from pythia_nb.emulator import emulated_gpu
+from pythia_nb.emulator import EmulationError, emulated_gpu
 from pythia_nb.grouped import torch_backward, torch_forward
-from pythia_nb.hopper_backward import COLUMN_TILES, column_shared, column_source, hopper_backward
+from pythia_nb.hopper_backward import COLUMN_TILES, column_kernels, column_shared, column_source, hopper_backward
 from pythia_nb.reference import as_function, check_attention, hard_problem, sized_problem
 from pythia_nb.schedule import compile_report
 
@@ -45,6 +46,39 @@ def test_columns_in_parts_and_groups_of_heads(D, N):
     for a, b, e in zip(ours, again, expected):
         assert torch.equal(a, b)
         torch.testing.assert_close(a.float(), e.float(), atol=3e-2, rtol=2e-2)
+
+
+HOLES = {
+    "queries and dO: no fence between copy and product": ("await(full, turns / STAGES & 1); fence_copies();", "await(full, turns / STAGES & 1);"),
+    "dS: no fence between store and product": ("    fence_copies();\n    pin(dv); pin(dk);", "    pin(dv); pin(dk);"),
+    "dS: warps don't meet before the product": ("    asm volatile(\"bar.sync %0, %1;\" :: \"r\"(which + 8), \"n\"(THREADS) : \"memory\");\n", ""),
+    "dS: stored without waiting for the last product": ("    await(barriers + (2 * PLACES + 2 * STAGES) * 8, turns & 1 ^ 1);\n", ""),
+    "weights from scores that are not there": ("    wgmma_wait<1>();\n    pin(s);", "    pin(s);"),
+    "a tile is never given back": ("release(full + STAGES * 8); ", ""),
+}
+
+def with_hole(old: str, new: str, seed: int) -> str:
+    "What happens to a small problem if a line of the kernel is another one"
+    torch.manual_seed(0)
+    layout = P.bigbird(1, 1, 1).layout(300, block=64)
+    q, k, v, do = (torch.randn(1, 2, 300, 64, dtype=torch.bfloat16) for _ in range(4))
+    o, lse = torch_forward(q, k, v, layout, 0.125, None, None)
+    source = column_source(64, 64)
+    assert source.count(old) == 1, f"{old!r} is not there once"
+    def kernels(*about):
+        t, prepare, _, *after = column_kernels(*about)
+        return t, prepare, [Kernel(source.replace(old, new), "attention_backward", t.threads, column_shared(t, 64), q.device)], *after
+    with emulated_gpu(seed):
+        try: got = backward_call(functools.partial(backward_recipe, kernels=kernels, stay=True), do, None, q, k, v, o, lse, layout, 0.125, None, None)
+        except EmulationError as e: return str(e).partition(": ")[2].partition(" (")[0]
+    expected = torch_backward(do, None, q, k, v, o, lse, layout, 0.125, None, None)
+    return "right" if all((a.float() - b.float()).abs().max() < 0.05 for a, b in zip(got, expected)) else "wrong numbers"
+
+
+@pytest.mark.parametrize("name", HOLES)
+def test_each_barrier_is_needed(name): assert any(with_hole(*HOLES[name], seed) != "right" for seed in range(30))
+
+def test_the_whole_kernel_is_right(): assert all(with_hole("wgmma_wait<1>();", "wgmma_wait<1>();", seed) == "right" for seed in range(4))
 
 
 @functools.cache
