@@ -29,8 +29,9 @@ COLUMN_TEAM = r'''
 constexpr int OWN = BM * D * 2, TILE = BN * D * 2, PLACE = 2 * TILE + BN * 16, DS = BM * BN * 2, TEAM_BYTES = 2 * PLACES * OWN + STAGES * PLACE + DS;
 constexpr int PANELS = D / 64, LOADERS = 4 / TEAMS, GROUPS = BM / 64;    // LOADERS: loader warps of a team; GROUPS: its warpgroups
 struct Job : Work { int keys, tiles, turn; u32 until; float c; const u16 *q, *dout; const float4* rows; int* sums; };
-struct Team { u64 own_full[PLACES], own_empty[PLACES], full[STAGES], empty[STAGES], ds_empty; Job jobs[PLACES]; int2 entries[STAGES]; float units[PLACES][D + 1]; };    // an entry here: the first query's row of the layout, and the bits
+struct Team { u64 own_full[PLACES], own_empty[PLACES], full[STAGES], empty[STAGES], ds_empty; Job jobs[PLACES]; int2 entries[STAGES]; float units[PLACES][D + 2]; };    // an entry here: the first query's row of the layout, and the bits
 struct Head { const Params* volatile params; Team teams[TEAMS]; int2 some[4][32]; int next; };    // some: what a loader warp read of its list; next: how many jobs were taken
+static_assert((D + 2) % 2 == 0, "pairs of units are read at once");
 static_assert(sizeof(Head) <= HEAD && HEAD % 1024 == 0, "tiles start at multiples of 1024 bytes");
 static_assert(BN == 64 && PANELS % GROUPS == 0, "a warpgroup has 64 queries and whole panels of dQ");
 '''
@@ -58,7 +59,7 @@ __device__ __forceinline__ void load_team(const Params& p, Head& head) {
   auto barriers_at = [&]() { return smem_address(head.teams + which()); };    // own_full, own_empty, full, empty
   auto first = [&]() { return thread_now() % (32 * LOADERS) == 0; };
   auto sent = [&](u32 barrier) { arrive_when_copied(barrier); if (first()) arrive(barrier); };    // the first thread arrives for what it wrote itself
-  auto meet = [&]() { if (LOADERS == 1) __syncwarp(); else asm volatile("bar.sync %0, %1;" :: "r"(which() + 1), "n"(32 * LOADERS) : "memory"); };
+  auto meet = [&]() { __syncwarp(); if (LOADERS > 1) asm volatile("bar.sync %0, %1;" :: "r"(which() + 1), "n"(32 * LOADERS) : "memory"); };
   u32 turns = 0;
   #pragma unroll 1
   for (u32 j = 0;; j++) {
@@ -101,6 +102,7 @@ __device__ __forceinline__ void load_team(const Params& p, Head& head) {
       sent(barriers_at() + (2 * PLACES + stage) * 8);
     }
   }
+  wait<0>();
 }
 '''
 

@@ -77,16 +77,19 @@ def intact(path: Path) -> bool:
     return hashlib.sha256(data[:-32]).digest() == data[-32:]
 
 # %% ../nbs/05c_native.ipynb #384c195b
-def compiled(source: str) -> Path:
+def compiled(
+    source: str,
+    *more: str,    # flags beside those of all kernels
+) -> Path:
     "The library made from C++ source, from the cache or compiled now; raises `BuildError`"
     runtime = openmp_runtime()
-    key = hashlib.sha256("\0".join([source, *flags(), target(), str(runtime)]).encode()).hexdigest()
+    key = hashlib.sha256("\0".join([source, *flags(), *more, target(), str(runtime)]).encode()).hexdigest()
     path = cache_folder() / f"cpu-{key[:32]}.so"
     if intact(path): return path
     with tempfile.TemporaryDirectory() as folder:
         code, obj, lib = (str(Path(folder) / name) for name in ("kernel.cpp", "kernel.o", "kernel.so"))
         Path(code).write_text(source)
-        run_compiler(*flags(), "-c", code, "-o", obj)
+        run_compiler(*flags(), *more, "-c", code, "-o", obj)
         run_compiler("-shared", *(f for f in flags() if f.startswith("-fsanitize")), obj, "-o", lib, runtime or "-fopenmp")
         data = Path(lib).read_bytes()
     try:

@@ -20,7 +20,7 @@ CASES += [(forward_by_block, backward_by_block, torch.bfloat16, 64, 16), (forwar
 @pytest.mark.parametrize("kind, case", [(i % 3, case) for i, case in enumerate(CASES)])
 def test_the_sources_of_all_kernels_compute_attention_on_a_cpu(kind, case):
     forward, backward, dtype, D, N = case
-    (q, k, v), layout, kw = hard_problem(D, N, dtype, kind, blocks=3, device="cpu")
+    (q, k, v), layout, kw = hard_problem(D, N, dtype, kind, blocks=2 if N == 128 else 3, device="cpu")
     with emulated_gpu(): check_attention(as_function(forward, backward), q, k, v, layout, **kw)
 
 @pytest.mark.parametrize("kind, about", list(enumerate(HOPPER_TILES)))

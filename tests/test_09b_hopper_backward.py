@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 from pythia_nb import patterns as P
 from pythia_nb.cuda_backward import backward_call, backward_recipe
 from pythia_nb.cuda_basics import Kernel, check_compiles
+from pythia_nb.cuda_forward import make_plan
 from pythia_nb.cuda_hopper import forward_on_gpu
 from pythia_nb.emulator import EmulationError, emulated_gpu
 from pythia_nb.grouped import torch_backward, torch_forward
@@ -32,19 +33,32 @@ def test_launch_parameters(D, N):
 
 @pytest.mark.parametrize("kind, dtype, about", [(0, torch.bfloat16, (64, 64)), (1, torch.float16, (64, 128)), (2, torch.bfloat16, (128, 64)), (1, torch.bfloat16, (128, 128))])
 def test_the_source_computes_gradients_on_a_cpu(kind, dtype, about):
-    (q, k, v), layout, kw = hard_problem(*about, dtype, kind, blocks=4, device="cpu")
+    (q, k, v), layout, kw = hard_problem(*about, dtype, kind, blocks=3, device="cpu")
     with emulated_gpu(): check_attention(as_function(torch_forward, hopper_backward), q, k, v, layout, **kw)
 
 @pytest.mark.parametrize("D, N", COLUMN_TILES)
-def test_columns_in_parts_and_groups_of_heads(D, N):
+def test_columns_in_parts_and_groups_of_heads(D, N, monkeypatch):
     "Long columns, of which each part starts elsewhere; and the same dQ to the bit in another order of events"
-    layout = (P.strided(3) | P.local(1)).layout(10 * N - 5, block=N)
+    monkeypatch.setitem(make_plan.__globals__, "chunk_size", lambda *about: 2)
+    layout = (P.strided(3) | P.local(1)).layout(5 * N - 5, block=N)
     q, k, v, do = (torch.randn(1, 3, layout.L, D, dtype=torch.bfloat16) for _ in range(4))
     o, lse = torch_forward(q, k, v, layout, D**-0.5, None, None)
     with emulated_gpu(): ours, again = (hopper_backward(do, None, q, k, v, o, lse, layout, D**-0.5, None, None) for _ in range(2))
     expected = torch_backward(do, None, q, k, v, o, lse, layout, D**-0.5, None, None)
     for a, b, e in zip(ours, again, expected):
         assert torch.equal(a, b)
+        torch.testing.assert_close(a.float(), e.float(), atol=3e-2, rtol=2e-2)
+
+@pytest.mark.parametrize("D, N", [(64, 64), (128, 64)])
+@pytest.mark.parametrize("chunk", [40, 80])
+def test_lists_that_a_loader_reads_in_several_pieces(D, N, chunk, monkeypatch):
+    "A column of 70 entries, whole and in two parts; a loader warp reads 32 at a time"
+    monkeypatch.setitem(make_plan.__globals__, "chunk_size", lambda *about: chunk)
+    layout = (P.sinks(1) | P.local(1)).layout(70 * N, block=N)
+    q, k, v, do = (torch.randn(1, 1, layout.L, D, dtype=torch.bfloat16) for _ in range(4))
+    o, lse = torch_forward(q, k, v, layout, D**-0.5, None, None)
+    with emulated_gpu(): got = hopper_backward(do, None, q, k, v, o, lse, layout, D**-0.5, None, None)
+    for a, e in zip(got, torch_backward(do, None, q, k, v, o, lse, layout, D**-0.5, None, None)):
         torch.testing.assert_close(a.float(), e.float(), atol=3e-2, rtol=2e-2)
 
 
@@ -57,17 +71,17 @@ HOLES = {
     "a tile is never given back": ("release(full + STAGES * 8); ", ""),
 }
 
-def with_hole(old: str, new: str, seed: int) -> str:
+def with_hole(old: str, new: str, seed: int, D: int = 64, N: int = 64) -> str:
     "What happens to a small problem if a line of the kernel is another one"
     torch.manual_seed(0)
-    layout = P.bigbird(1, 1, 1).layout(300, block=64)
-    q, k, v, do = (torch.randn(1, 2, 300, 64, dtype=torch.bfloat16) for _ in range(4))
+    layout = P.bigbird(1, 1, 1).layout(5 * N, block=N)
+    q, k, v, do = (torch.randn(1, 4, 5 * N, D, dtype=torch.bfloat16) for _ in range(4))
     o, lse = torch_forward(q, k, v, layout, 0.125, None, None)
-    source = column_source(64, 64)
+    source = column_source(D, N)
     assert source.count(old) == 1, f"{old!r} is not there once"
     def kernels(*about):
         t, prepare, _, *after = column_kernels(*about)
-        return t, prepare, [Kernel(source.replace(old, new), "attention_backward", t.threads, column_shared(t, 64), q.device)], *after
+        return t, prepare, [Kernel(source.replace(old, new), "attention_backward", t.threads, column_shared(t, D), q.device)], *after
     with emulated_gpu(seed):
         try: got = backward_call(functools.partial(backward_recipe, kernels=kernels, stay=True), do, None, q, k, v, o, lse, layout, 0.125, None, None)
         except EmulationError as e: return str(e).partition(": ")[2].partition(" (")[0]
@@ -75,8 +89,9 @@ def with_hole(old: str, new: str, seed: int) -> str:
     return "right" if all((a.float() - b.float()).abs().max() < 0.05 for a, b in zip(got, expected)) else "wrong numbers"
 
 
+@pytest.mark.parametrize("D, N", [(64, 64), (128, 128)])
 @pytest.mark.parametrize("name", HOLES)
-def test_each_barrier_is_needed(name): assert any(with_hole(*HOLES[name], seed) != "right" for seed in range(30))
+def test_each_of_these_lines_is_needed(name, D, N): assert any(with_hole(*HOLES[name], seed, D, N) != "right" for seed in range(30))
 
 def test_the_whole_kernel_is_right(): assert all(with_hole("wgmma_wait<1>();", "wgmma_wait<1>();", seed) == "right" for seed in range(4))
 
