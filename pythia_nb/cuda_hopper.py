@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEAM', 'COPY_ROWS', 'LOADER', 'HOPPER_BEGIN', 'HOPPER_JOB', 'HOPPER_TILE', 'HOPPER_SCORES', 'ADD_VALUES',
            'HOPPER_SOFTMAX', 'OTHER_DOCUMENT', 'HOPPER_VALUES', 'STORE_DIRECT', 'HOPPER_END', 'HOPPER', 'HEAD',
-           'HOPPER_TILES', 'hopper_recipe', 'HopperTile', 'hopper_shared', 'hopper_source', 'hopper_hash',
-           'takes_hopper', 'hopper_kernels', 'forward_on_gpu', 'hopper_table']
+           'HOPPER_TILES', 'hopper_recipe', 'HopperTile', 'hopper_shared', 'team_source', 'hopper_source',
+           'hopper_hash', 'takes_hopper', 'hopper_kernels', 'forward_on_gpu', 'hopper_table']
 
 # %% ../nbs/09_cuda_hopper.ipynb #c50e032b
 import functools
@@ -356,12 +356,18 @@ def hopper_shared(t: HopperTile, D: int) -> int:
     "Shared memory of a variant, in bytes"
     return HEAD + t.TEAMS * (2 * t.BM + t.STAGES * t.BN) * D * 2
 
+def team_source(
+    D: int, N: int, bf16: bool, t: NamedTuple,    # a shape with BM, BN and more numbers, which all become macros
+    head: int, body: str,    # bytes of shared memory before the tiles, and the kernel
+) -> str:
+    "The whole CUDA source of a variant of a kernel whose thread blocks have teams and loaders"
+    more = "".join(f"#define {name} {value}\n" for name, value in t._asdict().items() if name not in ("BM", "BN")) + f"#define HEAD {head}\n"
+    products = wgmma_function("wgmma_scores", t.BN, False) + wgmma_function("wgmma_values", D, True)
+    return macros(D, N, Tile(t.BM, t.BN, t.BN, 1, 1), bf16) + more + PARAMS + SHAPES + INSTRUCTIONS + WORK + PRODUCTS + WGMMA + products + body
+
 def hopper_source(D: int, N: int, bf16: bool = True) -> str:
     "The whole CUDA source of one variant"
-    t = HOPPER_TILES[D, N]
-    more = "".join(f"#define {name} {value}\n" for name, value in t._asdict().items() if name not in ("BM", "BN")) + f"#define HEAD {HEAD}\n"
-    products = wgmma_function("wgmma_scores", t.BN, False) + wgmma_function("wgmma_values", D, True)
-    return macros(D, N, Tile(t.BM, t.BN, t.BN, 1, 1), bf16) + more + PARAMS + SHAPES + INSTRUCTIONS + WORK + PRODUCTS + WGMMA + products + HOPPER
+    return team_source(D, N, bf16, HOPPER_TILES[D, N], HEAD, HOPPER)
 
 def hopper_hash() -> str:
     "The fingerprint of all variants' sources"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIBERS', 'MEETINGS', 'COPIES', 'REGISTERS', 'NUMBERS', 'FRAGMENTS', 'WARPGROUPS', 'WGMMA', 'LAUNCH', 'MACROS',
            'WORDS', 'MACHINE', 'PTX', 'FLAGS', 'MULTIPROCESSORS', 'wgmma_call', 'meaning', 'closing', 'operands',
-           'without_assembly', 'as_cpp', 'EmulationError', 'library', 'launcher', 'Launches', 'emulated_gpu']
+           'without_assembly', 'as_cpp', 'EmulationError', 'library', 'launcher', 'emulated_gpu']
 
 # %% ../nbs/09a_emulator.ipynb #908fb324
 import contextlib
@@ -341,7 +341,7 @@ static const char* launch(const void* params, int blocks, int threads, u32 bytes
   for (int i = 0; i < 4; i++) sigaction(signals[i], &ours, &before[i]);
   if (!_setjmp(outside)) for (int b = 0; b < blocks && !error; b++) { block.x = b; run_block(threads, kernel); }
   for (int i = 0; i < 4; i++) sigaction(signals[i], &before[i], nullptr);
-  message = error ? error + (" (thread " + std::to_string(now->thread) + " of thread block " + std::to_string(block.x) + ")") : "";
+  message = error ? error + ("\nthread " + std::to_string(now->thread) + " of thread block " + std::to_string(block.x)) : "";
   fibers.clear(); in_fiber = false; return message.c_str();
 }
 }
@@ -481,7 +481,10 @@ extern "C" const char* launch_{name}(const void* params, int blocks, int threads
 FLAGS = "-O1", "-fno-strict-aliasing", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"    # the last two: an address that is not aligned ends the launch
 
 class EmulationError(RuntimeError):
-    "A kernel did what no kernel may do; the message says what"
+    "A kernel did what no kernel may do; `what` says what, and the message also where"
+    def __init__(self, kernel: str, what: str, where: str, seed: int):
+        super().__init__(f"{kernel}: {what} ({where}); seed {seed}")
+        self.what = what
 
 @functools.cache
 def library(source: str) -> ctypes.PyDLL:
@@ -498,31 +501,25 @@ def launcher(source: str, name: str):
 # %% ../nbs/09a_emulator.ipynb #cd6a4c2d
 MULTIPROCESSORS = 3    # of the emulated GPU, which otherwise is an H200 with a small cache
 
-class Launches:
-    "Stands for `Kernel` where there is no GPU"
-    def __init__(self, seed: int | None): self.seeds = random.Random(seed)
-
-    def make(self, kernel: Kernel, source: str, name: str, threads: int, shared: int, device: torch.device, *options: str):
-        kernel.run, kernel.name, kernel.threads, kernel.shared = launcher(source, name), name, threads, shared
-
-    def call(self, kernel: Kernel, blocks: int, arguments: Arguments):
-        seed = self.seeds.getrandbits(32)
-        wrong = kernel.run(ctypes.c_void_p.from_address(arguments.address).value, blocks, kernel.threads, kernel.shared, seed)
-        if wrong: raise EmulationError(f"{kernel.name}: {wrong.decode()}; seed {seed}")
-
 @contextlib.contextmanager
 def emulated_gpu(
     seed: int | None = None,    # of the order of events; None: another one each time
 ):
     "Kernels run on the CPU, from their CUDA source, with tensors on the CPU"
-    launches = Launches(seed)
+    seeds = random.Random(seed)
+    def make(kernel: Kernel, source: str, name: str, threads: int, shared: int, device: torch.device, *options: str):
+        kernel.run, kernel.name, kernel.threads, kernel.shared = launcher(source, name), name, threads, shared
+    def call(kernel: Kernel, blocks: int, arguments: Arguments):
+        seed = seeds.getrandbits(32)
+        wrong = kernel.run(ctypes.c_void_p.from_address(arguments.address).value, blocks, kernel.threads, kernel.shared, seed)
+        if wrong: raise EmulationError(kernel.name, *wrong.decode().split("\n"), seed)
     gpu = types.SimpleNamespace(multi_processor_count=MULTIPROCESSORS, shared_memory_per_block_optin=227 << 10, L2_cache_size=1 << 20)
     runtime = types.SimpleNamespace(memsetAsync=lambda at, value, size, stream: ctypes.memset(at, value, size))
     cupy = types.ModuleType("cupy.cuda"); cupy.runtime = runtime
     with contextlib.ExitStack() as stack:
         def patch(where, **what):
             for name, value in what.items(): stack.enter_context(mock.patch.object(where, name, value, create=True))
-        patch(Kernel, __init__=lambda kernel, *about: launches.make(kernel, *about), __call__=lambda kernel, *about: launches.call(kernel, *about))
+        patch(Kernel, __init__=make, __call__=call)
         patch(torch.cuda, get_device_properties=lambda device: gpu, get_device_capability=lambda device=None: (9, 0), is_current_stream_capturing=lambda: False)
         patch(torch._C, _cuda_getCurrentRawStream=lambda index: 0, _cuda_getDevice=lambda: -1)
         stack.enter_context(mock.patch.dict(sys.modules, {"cupy": types.ModuleType("cupy"), "cupy.cuda": cupy}))

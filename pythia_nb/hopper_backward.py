@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from .cuda_backward import MAIN, backward_call, backward_kernels, backward_recipe
-from .cuda_basics import PARAMS, Kernel
-from .cuda_forward import WORK
-from .cuda_hopper import ADD_VALUES, COPY_ROWS, OTHER_DOCUMENT, STORE_DIRECT
+from .cuda_basics import Kernel
+from .cuda_hopper import ADD_VALUES, COPY_ROWS, OTHER_DOCUMENT, STORE_DIRECT, HopperTile, team_source
 from .exact_sums import AROUND, UNITS
 from .layout import BlockLayout
-from .tensor_cores import INSTRUCTIONS, PRODUCTS, SHAPES, Tile, macros
-from .warpgroups import BARRIERS, WGMMA, wgmma_function
+from .warpgroups import BARRIERS, wgmma_function
 
 # %% ../nbs/09b_hopper_backward.ipynb #8d55ee51
 COLUMN_TEAM = r'''
@@ -102,7 +100,7 @@ __device__ __forceinline__ void load_team(const Params& p, Head& head) {
       sent(barriers_at() + (2 * PLACES + stage) * 8);
     }
   }
-  wait<0>();
+  commit(); wait<0>();    // no thread ends while a copy of its own is on its way
 }
 '''
 
@@ -318,14 +316,7 @@ class ColumnTile(NamedTuple):
     REGS: int          # registers of a thread that computes
     LOADER_REGS: int   # and of one that loads
 
-    @property
-    def threads(self) -> int: return self.TEAMS * self.BM * 2 + 128
-
-    @property
-    def CTAS(self) -> int: return self.TEAMS    # what a multiprocessor works on at once
-
-    def group(self, N: int) -> int: return 1               # lists of a team
-    def parts(self, N: int) -> int: return N // self.BM    # jobs that share a list
+    threads, CTAS, group, parts = HopperTile.threads, HopperTile.CTAS, HopperTile.group, HopperTile.parts    # as of the forward kernel's teams
 
 HEAD = 4096    # bytes of shared memory before the tiles
 
@@ -340,10 +331,7 @@ def column_shared(t: ColumnTile, D: int) -> int:
 
 def column_source(D: int, N: int, bf16: bool = True) -> str:
     "The whole CUDA source of one variant"
-    t = COLUMN_TILES[D, N]
-    more = "".join(f"#define {name} {value}\n" for name, value in t._asdict().items() if name not in ("BM", "BN")) + f"#define HEAD {HEAD}\n"
-    products = wgmma_function("wgmma_scores", t.BN, False) + wgmma_function("wgmma_values", D, True) + wgmma_function("wgmma_dq", 64, False, True)
-    return macros(D, N, Tile(t.BM, t.BN, t.BN, 1, 1), bf16) + more + PARAMS + SHAPES + INSTRUCTIONS + WORK + PRODUCTS + WGMMA + products + COLUMNS
+    return team_source(D, N, bf16, COLUMN_TILES[D, N], HEAD, wgmma_function("wgmma_dq", 64, False, True) + COLUMNS)
 
 def column_hash() -> str:
     "The fingerprint of all variants' sources, and of the kernels before and after"

@@ -393,8 +393,8 @@ def schedules_of(ptr: Tensor) -> dict:
     at = id(ptr)
     reference, known = _schedules.get(at, (None, None))
     if reference is None or reference() is not ptr:
-        def forget(gone):
-            if at in _schedules and _schedules[at][0] is gone: del _schedules[at]
+        def forget(gone, schedules=_schedules):    # when Python ends, this module's names may be gone before the layout
+            if at in schedules and schedules[at][0] is gone: del schedules[at]
         _, known = _schedules[at] = weakref.ref(ptr, forget), {}
     return known
 

@@ -141,6 +141,17 @@ def test_schedules_are_kept_and_forgotten_with_their_layout():
     gc.collect()
     assert gone() is None
 
+def test_a_layout_that_outlives_the_modules_names_goes_in_silence(monkeypatch):
+    "As when Python ends and a layout is still kept somewhere"
+    import gc
+    complaints, layout = [], P.local(2).layout(256, block=64)
+    schedule(layout, False, 1, 8)
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    monkeypatch.setitem(schedule.__globals__, "_schedules", None)
+    del layout
+    gc.collect()
+    assert not complaints
+
 
 @pytest.mark.cuda
 @settings(max_examples=150, deadline=None)
