@@ -479,7 +479,7 @@ def backward_recipe(
     launches = [(prepare, prepare_blocks(B, H, L, S, D, device)), *((main, min(jobs, multiprocessors(device)) if stay else jobs) for main in mains),
                 (combine, combine_blocks(plan, 2 * wide, N, D, device) if n else 0), (finish, -(-B * H * strips * 2 * D // 256))]
     return Recipe("q k v o dout dq dk dv lse dlse rows bounds dq_sum partial", params, plan, launches, all(in_steps(x.stride(), 2) for x in (q, k, v, o, do)),
-                  **places(bounds=4 * B * H * (D + 1), rows=16 * B * H * L, dq_sum=64 * B * H * strips * D, partial=8 * n * D))
+                  **places(bounds=4 * (B * H * (D + 1) + 1), rows=16 * B * H * L, dq_sum=64 * B * H * strips * D, partial=8 * n * D))
 
 # %% ../nbs/08_cuda_backward.ipynb #18af0f35
 def with_copies(backward, do, dlse, q, k, v, o, *rest) -> tuple[Tensor, Tensor, Tensor]:

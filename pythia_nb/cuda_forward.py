@@ -443,7 +443,7 @@ def forward_hash() -> str:
 # %% ../nbs/07_cuda_forward.ipynb #4c304ff5
 @functools.cache
 def chunk_size(
-    visible: int,    # entries of all lists, over heads and batch
+    visible: int,    # entries of all lists, over heads, batch and the thread blocks that share a list
     slots: int,      # thread blocks that run at once
     columns: bool = False,    # are the lists those of key blocks?
 ) -> int:
@@ -462,7 +462,7 @@ def choose_tile(tiles: list[Tile], shared, D: int, device: torch.device) -> Tile
 
 def make_plan(layout: BlockLayout, columns: bool, t: Tile, wide: int, device: torch.device) -> Schedule:
     "The schedule of a layout's rows or columns for a variant; `wide` sequences and heads share a list"
-    return schedule(layout, columns, t.group(layout.block), chunk_size(layout.visible * wide, t.CTAS * multiprocessors(device), columns))
+    return schedule(layout, columns, t.group(layout.block), chunk_size(layout.visible * wide * t.parts(layout.block), t.CTAS * multiprocessors(device), columns))
 
 # %% ../nbs/07_cuda_forward.ipynb #6a428e25
 def cuda_kernel(name: str, body: str, D: int, N: int, t: Tile, bf16: bool, shared: int, device: torch.device, threads: int = 0, part: int = 3) -> Kernel:

@@ -90,7 +90,7 @@ __device__ __forceinline__ void load_team(const Params& p, Head& head, int which
     for (int i = 0; i < job.tiles; i++) {
       const int e = i / (N / BN), lane = thread_now() % 32;
       int2 (&some)[32] = head.some[thread_now() / 32 % 4];
-      if (e % 32 == 0 && i % (N / BN) == 0) { some[lane] = p.entries[job.start + min(e + lane, job.tiles / (N / BN) - 1)]; __syncwarp(); }
+      if (e % 32 == 0 && i % (N / BN) == 0) { __syncwarp(); some[lane] = p.entries[job.start + min(e + lane, job.tiles / (N / BN) - 1)]; __syncwarp(); }    // before: a lane that is ahead must not overwrite what another still reads
       int2 entry = some[e % 32];
       entry.x = entry.x * N + i % (N / BN) * BN;
       #pragma unroll
@@ -166,7 +166,11 @@ HOPPER_TILE = r'''
     const u32 v_full = barriers + 32 + ring.stage * 8, v_tile = tiles_of + 2 * QUERIES + ring.stage * TILE, v_phase = ring.phase;
     ring.turn();
     if (!(entry.y & 1) || (p.causal && entry.x > w.first + group * 64 + 63)) {
-      my_turn(); your_turn();
+      my_turn();
+      if (OVERLAP && held) add_values(acc, a, v_at);
+      your_turn();
+      wgmma_wait<0>(); pin(acc);
+      if (held) { release(held); held = 0; }
       release(k_full + STAGES * 8); await(v_full, v_phase); release(v_full + STAGES * 8);
       continue;
     }

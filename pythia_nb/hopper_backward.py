@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMN_TEAM', 'COLUMN_LOADER', 'ROW_STEPS', 'COLUMN_BEGIN', 'COLUMN_JOB', 'COLUMN_SCORES', 'COLUMN_MASK',
            'COLUMN_SUMS', 'COLUMN_DQ', 'STORE_KEYS', 'COLUMN_END', 'COLUMNS', 'HEAD', 'COLUMN_TILES', 'column_recipe',
-           'ColumnTile', 'column_shared', 'column_source', 'column_hash', 'column_kernels', 'hopper_backward']
+           'ColumnTile', 'column_shared', 'column_source', 'column_hash', 'column_kernels', 'hopper_backward',
+           'takes_columns', 'backward_on_gpu']
 
 # %% ../nbs/09b_hopper_backward.ipynb #3ac6419f
 import functools
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .cuda_backward import MAIN, backward_call, backward_kernels, backward_recipe
-from .cuda_basics import Kernel
-from .cuda_hopper import ADD_VALUES, COPY_ROWS, OTHER_DOCUMENT, STORE_DIRECT, HopperTile, team_source
+from .cuda_basics import Kernel, max_shared_memory
+from .cuda_hopper import ADD_VALUES, COPY_ROWS, OTHER_DOCUMENT, STORE_DIRECT, HopperTile, takes_hopper, team_source
+from .cuda_small_backward import backward_by_block
 from .exact_sums import AROUND, UNITS
 from .layout import BlockLayout
 from .warpgroups import BARRIERS, wgmma_function
@@ -27,8 +29,8 @@ COLUMN_TEAM = r'''
 constexpr int OWN = BM * D * 2, TILE = BN * D * 2, PLACE = 2 * TILE + BN * 16, DS = BM * BN * 2, TEAM_BYTES = 2 * PLACES * OWN + STAGES * PLACE + DS;
 constexpr int PANELS = D / 64, LOADERS = 4 / TEAMS, GROUPS = BM / 64;    // LOADERS: loader warps of a team; GROUPS: its warpgroups
 struct Job : Work { int keys, tiles, turn; u32 until; float c; const u16 *q, *dout; const float4* rows; int* sums; };
-struct Team { u64 own_full[PLACES], own_empty[PLACES], full[STAGES], empty[STAGES], ds_empty; Job jobs[PLACES]; int2 entries[STAGES]; float units[PLACES][D + 2]; };    // an entry here: the first query's row of the layout, and the bits
-struct Head { const Params* volatile params; Team teams[TEAMS]; int2 some[4][32]; int next; };    // some: what a loader warp read of its list; next: how many jobs were taken
+struct Team { u64 own_full[PLACES], own_empty[PLACES], full[STAGES], empty[STAGES], ds_empty; Job jobs[2]; int2 entries[STAGES]; float units[PLACES][D + 2]; };    // an entry here: the first query's row of the layout, and the bits
+struct Head { const Params* volatile params; Team teams[TEAMS]; int2 some[4][32]; };    // some: what a loader warp read of its list
 static_assert((D + 2) % 2 == 0, "pairs of units are read at once");
 static_assert(sizeof(Head) <= HEAD && HEAD % 1024 == 0, "tiles start at multiples of 1024 bytes");
 static_assert(BN == 64 && PANELS % GROUPS == 0, "a warpgroup has 64 queries and whole panels of dQ");
@@ -37,9 +39,9 @@ static_assert(BN == 64 && PANELS % GROUPS == 0, "a warpgroup has 64 queries and 
 # %% ../nbs/09b_hopper_backward.ipynb #5de7d3ab
 COLUMN_LOADER = r'''
 __device__ __forceinline__ void copy_async_4(u32 dst, const void* src) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(dst), "l"(src)); }
-// The n-th job of this CTA: there and back through the items, so that none always gets the heavier ones
-__device__ __forceinline__ void plan_job(const Params& p, Job& job, int n) {
-  const int number = n * gridDim.x + (n & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x), items = p.counts[0], side_by_side = p.heads_at_once * PARTS;
+// The next job: all CTAs count in one place, behind the bounds
+__device__ __forceinline__ void plan_job(const Params& p, Job& job) {
+  const int number = atomicAdd(p.bounds + (i64)p.B * p.H * (D + 1), 1u), items = p.counts[0], side_by_side = p.heads_at_once * PARTS;
   job.start = job.end = job.tiles = 0; job.at = -1;
   if (number >= items * wide(p) * PARTS) return;
   // items that were reserved and not needed end each group of heads; they are passed over
@@ -62,11 +64,12 @@ __device__ __forceinline__ void load_team(const Params& p, Head& head) {
   #pragma unroll 1
   for (u32 j = 0;; j++) {
     const u32 side = j % PLACES;
-    if (PLACES == 1) meet();    // all have left the loop below, which reads the job
-    await(barriers_at() + (PLACES + side) * 8, (j / PLACES & 1) ^ 1);
+    auto place_is_free = [&]() { await(barriers_at() + (PLACES + side) * 8, (j / PLACES & 1) ^ 1); };
+    if (PLACES > 1) place_is_free();
     Team& team = head.teams[which()];
-    Job& job = team.jobs[side];
-    if (first()) { plan_job(*head.params, job, atomicAdd(&head.next, 1)); job.until = turns + job.tiles; }
+    Job& job = team.jobs[j & 1];
+    if (first()) { plan_job(*head.params, job); job.until = turns + job.tiles; }
+    if (PLACES == 1) place_is_free();    // with one place, only then: the search for a job runs beside the last one
     meet();
     if (job.tiles) {
       const u32 own = tiles_at();
@@ -118,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(TEAMS * THREADS + 128, 1) attention
   extern __shared__ __align__(1024) u16 shared[];
   Head& head = *(Head*)shared;
   if (threadIdx.x == 0) {
-    head.next = 0; head.params = &p;
+    head.params = &p;
     for (int i = 0; i < TEAMS; i++) {
       Team& team = head.teams[i];
       for (int s = 0; s < PLACES; s++) { barrier_init(smem_address(&team.own_full[s]), 32 * LOADERS + 1); barrier_init(smem_address(&team.own_empty[s]), WARPS); }
@@ -147,7 +150,7 @@ COLUMN_JOB = r'''
   for (u32 j = 0;; j++) {
   const u32 side = j % PLACES, k_tile = own_at + side * 2 * OWN, v_tile = k_tile + OWN;
   await(barriers + side * 8, j / PLACES & 1);
-  const Job& w = team.jobs[side];
+  const Job& w = team.jobs[j & 1];
   if (w.at < 0) break;
   float* units = team.units[side];    // what came are bounds; behind the units the largest norm of a value
   if (w.tiles)
@@ -354,3 +357,13 @@ def hopper_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:          # dq, dk, dv like q, k, v
     "Gradients of block-sparse attention by the kernel for compute capability 9.0; the same bits in every run"
     return backward_call(column_recipe, do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths)
+
+@functools.cache
+def takes_columns(device: torch.device, D: int, N: int) -> bool:
+    "Is this chapter's kernel made for such a problem, on that GPU?"
+    return takes_hopper(device, D, N) and column_shared(COLUMN_TILES[D, N], D) <= max_shared_memory(device)
+
+def backward_on_gpu(do, dlse, q, k, v, o, lse, layout: BlockLayout, *rest):    # as `hopper_backward`
+    "Gradients of block-sparse attention by the fastest CUDA kernels that take the problem"
+    backward = hopper_backward if takes_columns(q.device, q.shape[3], layout.block) else backward_by_block
+    return backward(do, dlse, q, k, v, o, lse, layout, *rest)

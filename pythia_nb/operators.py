@@ -23,7 +23,7 @@ from .cpu_backward import cpu_backward
 from .cuda_basics import why_no_cuda
 from .cuda_float32 import float32_backward, float32_forward
 from .cuda_hopper import forward_on_gpu
-from .cuda_small_backward import backward_by_block
+from .hopper_backward import backward_on_gpu
 from .grouped import torch_backward, torch_forward
 from .layout import BlockLayout
 
@@ -34,7 +34,7 @@ def on_cuda_forward(q, *rest):
 
 def on_cuda_backward(do, dlse, q, *rest):
     "The CUDA backward pass for q's type"
-    return (float32_backward if q.dtype == torch.float32 else backward_by_block)(do, dlse, q, *rest)
+    return (float32_backward if q.dtype == torch.float32 else backward_on_gpu)(do, dlse, q, *rest)
 
 # %% ../nbs/10a_operators.ipynb #c55d0192
 BACKENDS = {"torch": (torch_forward, torch_backward), "cuda": (on_cuda_forward, on_cuda_backward), "cpu": (cpu_forward, cpu_backward)}    # name -> (forward, backward)

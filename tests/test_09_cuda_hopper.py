@@ -3,6 +3,7 @@ import functools
 import json
 import pytest
 import torch
+from dataclasses import replace
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from pythia_nb import patterns as P
@@ -77,6 +78,11 @@ def test_a_call_launches_at_most_a_thread_block_for_each_multiprocessor(D, N, mo
         assert got == blocks and (params[0], params[5], params[9]) == (q.data_ptr(), o.data_ptr(), lse.data_ptr())
 
 
+def past_the_diagonal(L, N, device):
+    "A causal layout made by hand, whose lists go on past the diagonal"
+    layout = P.dense().layout(L, block=N, causal=False, device=device)
+    return replace(layout, causal=True, row_full=torch.zeros_like(layout.row_full), col_full=torch.zeros_like(layout.col_full))
+
 @functools.cache
 def needs_hopper():
     if torch.cuda.get_device_capability() != (9, 0): pytest.skip("needs a GPU with compute capability 9.0")
@@ -116,6 +122,13 @@ def test_a_thread_block_has_many_jobs(D, N):
         torch.testing.assert_close(ours[0].float(), expected[0].float(), atol=3e-2, rtol=2e-2)
         torch.testing.assert_close(ours[1], expected[1], atol=1e-4, rtol=1e-4)
         if layout.L == 4096: check_forward(*ours, q, k, v, layout)
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("D, N", HOPPER_TILES)
+def test_lists_that_go_on_past_the_diagonal(D, N):
+    layout = past_the_diagonal(12 * N, N, "cuda")
+    q, k, v = (torch.randn(1, 2, layout.L, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    check_forward(*hopper_forward(q, k, v, layout, D**-0.5), q, k, v, layout)
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("D, N", HOPPER_TILES)

@@ -2,6 +2,7 @@
 import functools
 import pytest
 import torch
+from dataclasses import replace
 from pythia_nb import patterns as P
 from pythia_nb.cuda_backward import cuda_backward
 from pythia_nb.cuda_basics import Kernel, forward_call
@@ -29,6 +30,15 @@ def test_the_source_for_hopper_computes_attention_on_a_cpu(kind, about):
     (q, k, v), layout, kw = hard_problem(D, N, torch.float16 if kind == 3 else torch.bfloat16, kind, blocks=3, device="cpu")
     with emulated_gpu(): o, lse = forward_on_gpu(q, k, v, layout, D**-0.5, kw.get("segment_ids"), kw.get("kv_lengths"))
     check_forward(o, lse, q, k, v, layout, **kw)
+
+@pytest.mark.parametrize("D, N", HOPPER_TILES)
+def test_tiles_that_nobody_sees_do_not_stop_the_ring(D, N):
+    "A causal layout made by hand, whose lists go on past the diagonal"
+    layout = P.dense().layout(7 * N, block=N, causal=False)
+    layout = replace(layout, causal=True, row_full=torch.zeros_like(layout.row_full), col_full=torch.zeros_like(layout.col_full))
+    q, k, v = (torch.randn(1, 1, layout.L, D, dtype=torch.bfloat16) for _ in range(3))
+    with emulated_gpu(): o, lse = forward_on_gpu(q, k, v, layout, D**-0.5, None, None)
+    check_forward(o, lse, q, k, v, layout)
 
 
 def with_one_tile(source, t, shared): return lambda *about: (t, Kernel(source, "attention_forward", t.threads, shared, torch.device("cpu")), lambda *arguments: None)
