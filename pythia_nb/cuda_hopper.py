@@ -403,7 +403,7 @@ def hopper_table(
     rows: list[dict],    # name, D, L, pattern, block, density, tflops
     limit: float,        # what a large matrix product reaches on that machine, TFLOP/s
 ) -> Table:
-    "The Hopper kernel beside the others, TFLOP/s of the forward pass"
+    "A kernel for Hopper beside the others, in TFLOP/s"
     rate = lambda name, r: next((f"{x['tflops']:.0f}" for x in rows if x["name"] == name and all(x[f] == r[f] for f in ("D", "L", "pattern", "block"))), "")
     dense = lambda name, r: next((f"{x['tflops']:.0f}" for x in rows if x["name"] == name and (x["D"], x["L"]) == (r["D"], r["L"])), "")
     lines = ["| D | tokens | pattern | block | density | this kernel | of a matrix product | mma.sync | FlexAttention | FA2, dense | cuDNN, dense |", "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"]

@@ -23,8 +23,8 @@ from .cpu_backward import cpu_backward
 from .cuda_basics import why_no_cuda
 from .cuda_float32 import float32_backward, float32_forward
 from .cuda_hopper import forward_on_gpu
-from .hopper_backward import backward_on_gpu
 from .grouped import torch_backward, torch_forward
+from .hopper_backward import backward_on_gpu
 from .layout import BlockLayout
 
 # %% ../nbs/10a_operators.ipynb #b81d0c55

@@ -1,16 +1,20 @@
 "Tests of 09b_hopper_backward. Generated from nbs/09b_hopper_backward.ipynb: edit that, then run pythia_book build."
 import functools
+import json
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from pathlib import Path
 from pythia_nb import patterns as P
 from pythia_nb.cuda_backward import backward_call, backward_recipe
 from pythia_nb.cuda_basics import Kernel, check_compiles
 from pythia_nb.cuda_forward import make_plan
-from pythia_nb.cuda_hopper import forward_on_gpu
+from pythia_nb.cuda_hopper import forward_on_gpu, takes_hopper
 from pythia_nb.emulator import EmulationError, emulated_gpu
 from pythia_nb.grouped import torch_backward, torch_forward
-from pythia_nb.hopper_backward import COLUMN_TILES, column_kernels, column_shared, column_source, hopper_backward
+from pythia_nb.hopper_backward import (
+    COLUMN_TILES, column_hash, column_kernels, column_shared, column_source, hopper_backward, takes_columns,
+)
 from pythia_nb.reference import as_function, check_attention, hard_problem, sized_problem
 from pythia_nb.schedule import compile_report
 
@@ -29,6 +33,16 @@ def test_launch_parameters(D, N):
     assert column_shared(t, D) <= 227 * 1024 and t.threads <= 1024 and t.BN == 64 and t.BM in (64, 128) and N % t.BM == 0 and 4 // t.TEAMS >= 1 and D // 64 % (t.BM // 64) == 0
     at_start, groups = 65536 // t.threads // 8 * 8, t.threads // 128    # registers of a thread when the kernel starts
     assert (groups - 1) * t.REGS + t.LOADER_REGS <= groups * at_start, "asks for more registers than there are, and would wait for ever"
+
+
+def test_other_gpus_and_shapes_stay_with_the_kernels_before(monkeypatch):
+    seen = []
+    for name, capability, shared in (("old", (8, 0), 163), ("hopper", (9, 0), 227), ("less", (9, 0), 225), ("new", (10, 0), 227)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        for kernels in (takes_hopper, takes_columns): monkeypatch.setitem(kernels.__wrapped__.__globals__, "max_shared_memory", lambda device, shared=shared: shared << 10)
+        monkeypatch.setitem(takes_columns.__wrapped__.__globals__, "takes_hopper", takes_hopper.__wrapped__)
+        seen.append([(D, N) for D in (32, 64, 80, 128, 256) for N in (16, 32, 64, 128) if takes_columns.__wrapped__(name, D, N)])
+    assert seen == [[], [(64, 64), (64, 128), (128, 64), (128, 128)], [(128, 128)], []]
 
 
 @pytest.mark.parametrize("kind, dtype, about", [(0, torch.bfloat16, (64, 64)), (1, torch.float16, (64, 128)), (2, torch.bfloat16, (128, 64)), (1, torch.bfloat16, (128, 128))])
@@ -135,3 +149,8 @@ def test_twenty_runs_of_a_crowded_problem_agree(D, N):
     o, lse = forward_on_gpu(q, k, v, layout, D**-0.5, None, None)
     first = on_hopper(do, None, q, k, v, o, lse, layout, D**-0.5, None, None)
     for _ in range(20): assert all(torch.equal(a, b) for a, b in zip(first, on_hopper(do, None, q, k, v, o, lse, layout, D**-0.5, None, None)))
+
+
+def test_the_sources_are_the_ones_that_passed_on_a_gpu():
+    verified = json.loads((Path(__file__).parent.parent / "nbs/results/h200/verified.json").read_text())
+    assert verified["hopper_backward"] == column_hash(), "the kernels were edited since they last passed on a GPU: run pytest -m cuda there"
