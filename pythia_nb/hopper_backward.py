@@ -6,7 +6,7 @@
 __all__ = ['COLUMN_TEAM', 'COLUMN_LOADER', 'ROW_STEPS', 'COLUMN_BEGIN', 'COLUMN_JOB', 'COLUMN_SCORES', 'COLUMN_MASK',
            'COLUMN_SUMS', 'COLUMN_DQ', 'STORE_KEYS', 'COLUMN_END', 'COLUMNS', 'HEAD', 'COLUMN_TILES', 'column_recipe',
            'ColumnTile', 'column_shared', 'column_source', 'column_hash', 'column_kernels', 'hopper_backward',
-           'takes_columns', 'backward_on_gpu']
+           'backward_on_gpu']
 
 # %% ../nbs/09b_hopper_backward.ipynb #3ac6419f
 import functools
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .cuda_backward import MAIN, backward_call, backward_kernels, backward_recipe
-from .cuda_basics import Kernel, max_shared_memory
+from .cuda_basics import Kernel
 from .cuda_hopper import ADD_VALUES, COPY_ROWS, OTHER_DOCUMENT, STORE_DIRECT, HopperTile, takes_hopper, team_source
 from .cuda_small_backward import backward_by_block
 from .exact_sums import AROUND, UNITS
@@ -358,12 +358,7 @@ def hopper_backward(
     "Gradients of block-sparse attention by the kernel for compute capability 9.0; the same bits in every run"
     return backward_call(column_recipe, do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths)
 
-@functools.cache
-def takes_columns(device: torch.device, D: int, N: int) -> bool:
-    "Is this chapter's kernel made for such a problem, on that GPU?"
-    return takes_hopper(device, D, N) and column_shared(COLUMN_TILES[D, N], D) <= max_shared_memory(device)
-
 def backward_on_gpu(do, dlse, q, k, v, o, lse, layout: BlockLayout, *rest):    # as `hopper_backward`
     "Gradients of block-sparse attention by the fastest CUDA kernels that take the problem"
-    backward = hopper_backward if takes_columns(q.device, q.shape[3], layout.block) else backward_by_block
+    backward = hopper_backward if takes_hopper(q.device, q.shape[3], layout.block) else backward_by_block
     return backward(do, dlse, q, k, v, o, lse, layout, *rest)
