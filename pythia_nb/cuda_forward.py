@@ -542,5 +542,6 @@ def tflops_table(
 def tries_table(tries: list[dict]) -> Table:
     "What was tried, with rates in TFLOP/s"
     show = lambda x: "" if x is None else f"{x:.0f}"
-    return Table("\n".join(["| D | block | tried | expected | local | strided | bigbird | dense | verdict |", "|---:|---:|:---|:---|---:|---:|---:|---:|:---|"] + [
-        f"| {t['D']} | {t['block']} | {t['what']} | {t['expected']} | " + " | ".join(show(t[p]) for p in ("local", "strided", "bigbird", "dense")) + f" | {t['verdict']} |" for t in tries]))
+    patterns = [p for p in ("local", "strided", "bigbird", "dense") if any(t[p] is not None for t in tries)]
+    return Table("\n".join([f"| D | block | tried | expected | {' | '.join(patterns)} | verdict |", "|---:|---:|:---|:---|" + "---:|" * len(patterns) + ":---|"] + [
+        f"| {t['D']} | {t['block']} | {t['what']} | {t['expected']} | {' | '.join(show(t[p]) for p in patterns)} | {t['verdict']} |" for t in tries]))
