@@ -6,10 +6,11 @@
 __all__ = ['split_segments', 'visible_pairs', 'attention_oracle', 'row_queries', 'block_keys', 'block_scores', 'head_slices',
            'all_segments', 'blockwise_forward', 'block_ds', 'blockwise_backward', 'low_precision_reference', 'errors',
            'gradients', 'error_floor', 'OverBudget', 'check_attention', 'sequences', 'hard_problem', 'sized_problem',
-           'check_forward', 'Pair', 'as_function']
+           'past_the_diagonal', 'check_forward', 'Pair', 'as_function']
 
 # %% ../nbs/05_reference.ipynb #72c09387
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -292,6 +293,12 @@ def sized_problem(
     nQ, B = -(-(start + L) // N) - start // N, sequences(H, L, S, D)
     layout = BlockLayout.from_block_mask(torch.rand(H if per_head else 1, nQ, -(-S // N)) < density, N, causal, L, S).to(device)
     return [torch.randn(B, H, n, D, device=device).to(dtype) for n in (L, S, S)], layout
+
+def past_the_diagonal(
+    layout: BlockLayout,    # a bidirectional one
+) -> BlockLayout:
+    "A layout made causal by hand: its lists go on past the diagonal, which those of patterns and block masks don't"
+    return replace(layout, causal=True, row_full=torch.zeros_like(layout.row_full), col_full=torch.zeros_like(layout.col_full))
 
 # %% ../nbs/05_reference.ipynb #e8ae2d98
 def check_forward(

@@ -3,7 +3,6 @@ import functools
 import json
 import pytest
 import torch
-from dataclasses import replace
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from pythia_nb import patterns as P
@@ -13,7 +12,9 @@ from pythia_nb.cuda_forward import check_end_of_long_sequence, chunk_size, cuda_
 from pythia_nb.cuda_hopper import (
     HOPPER_TILES, forward_on_gpu, hopper_hash, hopper_recipe, hopper_shared, hopper_source, takes_hopper,
 )
-from pythia_nb.reference import as_function, check_attention, check_forward, hard_problem, sized_problem
+from pythia_nb.reference import (
+    as_function, check_attention, check_forward, hard_problem, past_the_diagonal, sized_problem,
+)
 from pythia_nb.schedule import compile_report
 
 
@@ -78,11 +79,6 @@ def test_a_call_launches_at_most_a_thread_block_for_each_multiprocessor(D, N, mo
         assert got == blocks and (params[0], params[5], params[9]) == (q.data_ptr(), o.data_ptr(), lse.data_ptr())
 
 
-def past_the_diagonal(L, N, device):
-    "A causal layout made by hand, whose lists go on past the diagonal"
-    layout = P.dense().layout(L, block=N, causal=False, device=device)
-    return replace(layout, causal=True, row_full=torch.zeros_like(layout.row_full), col_full=torch.zeros_like(layout.col_full))
-
 @functools.cache
 def needs_hopper():
     if torch.cuda.get_device_capability() != (9, 0): pytest.skip("needs a GPU with compute capability 9.0")
@@ -126,7 +122,7 @@ def test_a_thread_block_has_many_jobs(D, N):
 @pytest.mark.cuda
 @pytest.mark.parametrize("D, N", HOPPER_TILES)
 def test_lists_that_go_on_past_the_diagonal(D, N):
-    layout = past_the_diagonal(12 * N, N, "cuda")
+    layout = past_the_diagonal(P.dense().layout(12 * N, block=N, causal=False, device="cuda"))
     q, k, v = (torch.randn(1, 2, layout.L, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     check_forward(*hopper_forward(q, k, v, layout, D**-0.5), q, k, v, layout)
 

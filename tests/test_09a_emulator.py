@@ -2,7 +2,6 @@
 import functools
 import pytest
 import torch
-from dataclasses import replace
 from pythia_nb import patterns as P
 from pythia_nb.cuda_backward import cuda_backward
 from pythia_nb.cuda_basics import Kernel, forward_call
@@ -12,7 +11,9 @@ from pythia_nb.cuda_hopper import HOPPER_SCORES as SCORES, HOPPER_TILES, forward
 from pythia_nb.cuda_small import forward_by_block
 from pythia_nb.cuda_small_backward import backward_by_block
 from pythia_nb.emulator import EmulationError, emulated_gpu
-from pythia_nb.reference import as_function, attention_oracle, check_attention, check_forward, hard_problem
+from pythia_nb.reference import (
+    as_function, attention_oracle, check_attention, check_forward, hard_problem, past_the_diagonal,
+)
 
 
 CASES = [(cuda_forward, cuda_backward, torch.bfloat16, D, N) for D, N in ((64, 64), (128, 128), (80, 32), (256, 64))] + [(cuda_forward, cuda_backward, torch.float16, 32, 128)]
@@ -33,9 +34,7 @@ def test_the_source_for_hopper_computes_attention_on_a_cpu(kind, about):
 
 @pytest.mark.parametrize("D, N", HOPPER_TILES)
 def test_tiles_that_nobody_sees_do_not_stop_the_ring(D, N):
-    "A causal layout made by hand, whose lists go on past the diagonal"
-    layout = P.dense().layout(7 * N, block=N, causal=False)
-    layout = replace(layout, causal=True, row_full=torch.zeros_like(layout.row_full), col_full=torch.zeros_like(layout.col_full))
+    layout = past_the_diagonal(P.dense().layout(7 * N, block=N, causal=False))
     q, k, v = (torch.randn(1, 1, layout.L, D, dtype=torch.bfloat16) for _ in range(3))
     with emulated_gpu(): o, lse = forward_on_gpu(q, k, v, layout, D**-0.5, None, None)
     check_forward(o, lse, q, k, v, layout)
