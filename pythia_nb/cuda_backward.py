@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KEPT', 'SHARING', 'BACKWARD_BEGIN', 'BACKWARD_FETCH', 'BACKWARD_STATE', 'BACKWARD_DQ', 'BACKWARD_LOOP',
            'BACKWARD_WEIGHTS', 'BACKWARD_MASK', 'BACKWARD_SUMS', 'BACKWARD_OTHERS', 'BACKWARD_END', 'BACKWARD',
-           'COMBINE_COLUMNS', 'MAIN', 'simulate_columns', 'simulate_backward', 'backward_shared', 'backward_tiles',
-           'backward_parts', 'backward_hash', 'heads_at_once', 'backward_kernels', 'prepare_blocks', 'places',
-           'backward_recipe', 'with_copies', 'backward_call', 'cuda_backward']
+           'COMBINE_COLUMNS', 'FINISH', 'MAIN', 'simulate_columns', 'simulate_backward', 'backward_shared',
+           'backward_tiles', 'backward_parts', 'backward_hash', 'heads_at_once', 'around_kernels', 'backward_kernels',
+           'column_blocks', 'places', 'backward_recipe', 'with_copies', 'backward_call', 'cuda_backward']
 
 # %% ../nbs/08_cuda_backward.ipynb #7a408c6f
 import functools
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from .cuda_basics import MASKS, Kernel, Recipe, aligned, as_given, clear, in_steps, masks_for, pack_params, recipe_for
 from .cuda_forward import choose_tile, combine_blocks, cuda_kernel, make_plan, multiprocessors, partial_rows, simulate_work, source_hash
-from .exact_sums import AROUND, AROUND_TILE, BOUND_ROWS, UNITS, dq_units
+from .exact_sums import AROUND_TILE, MAKE_DQ, PREPARE, UNITS, dq_units, prepare_blocks
 from .layout import BlockLayout
 from .schedule import schedule
 from .tensor_cores import Tile
+from .work import Schedule
 
 # %% ../nbs/08_cuda_backward.ipynb #eff06d2c
 def simulate_columns(q, k, v, do, lse, delta, units, dq_sum, layout: BlockLayout, w, BM: int, BN: int, scale: float):
@@ -385,8 +386,8 @@ BACKWARD = (KEPT + SHARING + BACKWARD_BEGIN + BACKWARD_FETCH + BACKWARD_STATE + 
 
 # %% ../nbs/08_cuda_backward.ipynb #21f9f50f
 COMBINE_COLUMNS = r'''
-// The parts of a long column together, in order: dK (what = 0) or dV. A thread has a row and 8 of its columns
-constexpr int ROWS = N * G, COMBINES = (ROWS * CHUNKS + 255) / 256;    // rows of a list or group, and thread blocks that share them
+// The parts of a long column together, in order: dK (what = 0) or dV. A thread has a row and 4 of its columns
+constexpr int ROWS = N * G, COMBINES = (ROWS * D / 4 + 255) / 256;    // rows of a list or group, and thread blocks that share them
 __device__ __forceinline__ void combine_column(const Params& p, int which, int bh, int what, int row, int col) {
   const int4 split = p.splits[which];
   const int b = p.layout_heads > 1 ? bh : bh / p.H, h = p.layout_heads > 1 ? split.x / p.lists : bh % p.H;
@@ -394,21 +395,30 @@ __device__ __forceinline__ void combine_column(const Params& p, int which, int b
   if (y >= p.S) return;
   const float* partial = p.partial + (what * (i64)p.slots * wide(p) * ROWS + ((i64)split.y * wide(p) + bh) * ROWS + row) * D + col;
   const i64 step = (i64)wide(p) * ROWS * D;
-  float sum[8] = {};
+  float sum[4] = {};
   #pragma unroll 8
   for (int s = 0; s < split.z; s++) {    // several parts' loads are on their way at once
-    const float4 lo = *(const float4*)(partial + s * step), hi = *(const float4*)(partial + s * step + 4);
-    sum[0] += lo.x; sum[1] += lo.y; sum[2] += lo.z; sum[3] += lo.w; sum[4] += hi.x; sum[5] += hi.y; sum[6] += hi.z; sum[7] += hi.w;
+    const float4 x = *(const float4*)(partial + s * step);
+    sum[0] += x.x; sum[1] += x.y; sum[2] += x.z; sum[3] += x.w;
   }
-  *(uint4*)((what ? p.dv + b * p.dv_b + h * p.dv_h + (i64)y * p.dv_l : p.dk + b * p.dk_b + h * p.dk_h + (i64)y * p.dk_l) + col) =
-    make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
+  *(uint2*)((what ? p.dv + b * p.dv_b + h * p.dv_h + (i64)y * p.dv_l : p.dk + b * p.dk_b + h * p.dk_h + (i64)y * p.dk_l) + col) = make_uint2(pack(sum[0], sum[1]), pack(sum[2], sum[3]));
 }
-extern "C" __global__ void __launch_bounds__(256) attention_combine_columns(const __grid_constant__ Params p) {
+// All of them, by so many CTAs
+__device__ __forceinline__ void combine_columns(const Params& p, int blocks) {
   const int count = 2 * p.counts[2] * wide(p) * COMBINES;    // the host only knows a bound of it
-  for (int i = blockIdx.x; i < count; i += gridDim.x) {
+  for (int i = blockIdx.x; i < count; i += blocks) {
     const int x = i / 2 / COMBINES, which = x / wide(p), c = i / 2 % COMBINES * 256 + threadIdx.x;
-    if (c < ROWS * CHUNKS) combine_column(p, which, x - which * wide(p), i % 2, c / CHUNKS, c % CHUNKS * 8);
+    if (c < ROWS * D / 4) combine_column(p, which, x - which * wide(p), i % 2, c / (D / 4), c % (D / 4) * 4);
   }
+}
+'''
+
+# %% ../nbs/08_cuda_backward.ipynb #1e57aa1a
+FINISH = UNITS + COMBINE_COLUMNS + MAKE_DQ + r'''
+extern "C" __global__ void __launch_bounds__(256) attention_finish(const __grid_constant__ Params p) {
+  const int others = ((i64)p.B * p.H * p.strips * 2 * D + 255) / 256, parts = gridDim.x - others;
+  if (blockIdx.x < parts) combine_columns(p, parts);
+  else make_dq(p, gridDim.x - 1 - blockIdx.x);    // the last heads come first, since their sums are in the L2 cache
 }
 '''
 
@@ -430,33 +440,36 @@ def backward_parts(D: int) -> tuple[int, ...]:
     "What each launch of the main kernel makes: 3 all, 1 dV, 2 dK and dQ"
     return (1, 2) if D == 256 else (3,)
 
-MAIN = UNITS + BACKWARD + COMBINE_COLUMNS
+MAIN = UNITS + BACKWARD
 
 def backward_hash() -> str:
     "The fingerprint of all that `cuda_backward` launches"
-    return source_hash(MAIN, AROUND, tiles=[backward_tiles(D, N) for D in (32, 64, 80, 128, 256) for N in (16, 32, 64, 128)])
+    return source_hash(PREPARE, MAIN, FINISH, tiles=[backward_tiles(D, N) for D in (32, 64, 80, 128, 256) for N in (16, 32, 64, 128)])
 
 # %% ../nbs/08_cuda_backward.ipynb #76cbd630
 @functools.cache
-def heads_at_once(L: int, D: int, N: int, wide: int, device: torch.device) -> int:
-    "Sequences and heads of an item that are started side by side: what they read and add to is about once or twice the L2 cache"
-    caches = 1 if D <= 64 and N <= 64 else 2
-    return max(1, min(wide, caches * torch.cuda.get_device_properties(device).L2_cache_size // (12 * L * D)))
+def heads_at_once(L: int, D: int, wide: int, device: torch.device) -> int:
+    "Sequences and heads of an item that are started side by side: what they read and add to is at most once or twice the L2 cache"
+    caches = 1 if D <= 64 else 2
+    most = max(1, min(wide, caches * torch.cuda.get_device_properties(device).L2_cache_size // (12 * L * D)))
+    return -(-wide // -(-wide // most))    # as many groups as with most, and none much smaller than the others
+
+def around_kernels(t: Tile, D: int, N: int, bf16: bool, device: torch.device) -> tuple[Kernel, Kernel]:
+    "What runs before and after a main kernel whose thread blocks have the lists of such a tile"
+    return (cuda_kernel("attention_prepare", PREPARE, D, N, AROUND_TILE, bf16, 0, device, 256), cuda_kernel("attention_finish", FINISH, D, N, t, bf16, 0, device, 256))
 
 @functools.cache
-def backward_kernels(D: int, N: int, bf16: bool, device: torch.device) -> tuple[Tile, Kernel, list[Kernel], Kernel, Kernel]:
+def backward_kernels(D: int, N: int, bf16: bool, device: torch.device) -> tuple[Tile, Kernel, list[Kernel], Kernel]:
     "The variant for a head dim, block size, type and device: its tile, and the kernels in the order in which they run"
     t = choose_tile(backward_tiles(D, N), backward_shared, D, device)
-    def around(name): return cuda_kernel(name, AROUND, D, N, AROUND_TILE, bf16, 0, device, 256)
-    mains = [cuda_kernel("attention_backward", MAIN, D, N, t, bf16, backward_shared(t, D), device, part=part) for part in backward_parts(D)]
-    return t, around("attention_prepare"), mains, cuda_kernel("attention_combine_columns", MAIN, D, N, t, bf16, 0, device, 256), around("attention_dq")
-
-def prepare_blocks(B: int, H: int, L: int, S: int, D: int, device: torch.device) -> int:
-    "Thread blocks of the first kernel: for keys, for queries, and eight a multiprocessor that zero the sums"
-    side = D // 8 if 32 % (D // 8) == 0 else 1
-    return B * H * -(-S // BOUND_ROWS) + -(-B * H * L // (256 // side)) + 8 * multiprocessors(device)
+    prepare, finish = around_kernels(t, D, N, bf16, device)
+    return t, prepare, [cuda_kernel("attention_backward", MAIN, D, N, t, bf16, backward_shared(t, D), device, part=part) for part in backward_parts(D)], finish
 
 # %% ../nbs/08_cuda_backward.ipynb #2783be5c
+def column_blocks(plan: Schedule, wide: int, N: int, D: int, device: torch.device) -> int:
+    "Thread blocks that combine parts of columns: of dK and dV, a thread for each 4 columns of a row"
+    return combine_blocks(plan, 4 * wide, N, D, device)
+
 def places(**sizes: int) -> dict[str, int]:    # where each starts, and `all`: the end
     "Put pieces of memory of these sizes, in bytes, behind one another, each at a multiple of 256"
     starts = itertools.accumulate((-(-size // 256) * 256 for size in sizes.values()), initial=0)
@@ -469,15 +482,15 @@ def backward_recipe(
 ) -> Recipe:
     "All that calls with such tensors share"
     (B, H, L, D), N, S, device = q.shape, layout.block, k.shape[2], q.device
-    t, prepare, mains, combine, finish = (kernels or backward_kernels)(D, N, q.dtype == torch.bfloat16, device)
+    t, prepare, mains, finish = (kernels or backward_kernels)(D, N, q.dtype == torch.bfloat16, device)
     wide = B if layout.heads > 1 else B * H
     plan, strips = make_plan(layout, True, t, wide, device), layout.nQ * N // 16
     n = partial_rows(plan, wide, N)
     grads = {name: torch.empty_like(x, device="meta") for name, x in (("dq", q), ("dk", k), ("dv", v))}
-    params = pack_params(plan, layout, 0, MASKS, untrusted, q, k, v, o=o, dout=do, **grads, strips=strips, heads_at_once=heads_at_once(L, D, N, wide, device))
+    params = pack_params(plan, layout, 0, MASKS, untrusted, q, k, v, o=o, dout=do, **grads, strips=strips, heads_at_once=heads_at_once(L, D, wide, device))
     jobs = plan.max_items * wide * t.parts(N)
-    launches = [(prepare, prepare_blocks(B, H, L, S, D, device)), *((main, min(jobs, multiprocessors(device)) if stay else jobs) for main in mains),
-                (combine, combine_blocks(plan, 2 * wide, N, D, device) if n else 0), (finish, -(-B * H * strips * 2 * D // 256))]
+    launches = [(prepare, prepare_blocks(B, H, L, S, D, multiprocessors(device))), *((main, min(jobs, multiprocessors(device)) if stay else jobs) for main in mains),
+                (finish, column_blocks(plan, wide, N, D, device) + -(-B * H * strips * 2 * D // 256))]
     return Recipe("q k v o dout dq dk dv lse dlse rows bounds dq_sum partial", params, plan, launches, all(in_steps(x.stride(), 2) for x in (q, k, v, o, do)),
                   **places(bounds=4 * (B * H * (D + 1) + 1), rows=16 * B * H * L, dq_sum=64 * B * H * strips * D, partial=8 * n * D))
 

@@ -9,7 +9,7 @@ __all__ = ['ITEM', 'OWN_ROWS', 'ENTRIES', 'LAST_KEYS', 'PART_ROWS', 'WORK', 'FOR
            'simulate_forward', 'forward_shared', 'forward_tiles', 'kernel_source', 'source_hash', 'forward_hash',
            'chunk_size', 'multiprocessors', 'choose_tile', 'make_plan', 'cuda_kernel', 'forward_kernels',
            'partial_rows', 'combine_blocks', 'forward_recipe', 'cuda_forward', 'check_end_of_long_sequence',
-           'tflops_table', 'tries_table']
+           'tflops_table', 'tries_table', 'profile_table']
 
 # %% ../nbs/07_cuda_forward.ipynb #88e29ea2
 import functools
@@ -545,3 +545,8 @@ def tries_table(tries: list[dict]) -> Table:
     patterns = [p for p in ("local", "strided", "bigbird", "dense") if any(t[p] is not None for t in tries)]
     return Table("\n".join([f"| D | block | tried | expected | {' | '.join(patterns)} | verdict |", "|---:|---:|:---|:---|" + "---:|" * len(patterns) + ":---|"] + [
         f"| {t['D']} | {t['block']} | {t['what']} | {t['expected']} | {' | '.join(show(t[p]) for p in patterns)} | {t['verdict']} |" for t in tries]))
+
+def profile_table(kernels: list[dict]) -> Table:
+    "What a profiler saw of kernels: their time, and how much of it the L2 cache, memory and the schedulers of instructions were busy"
+    return Table("\n".join(["| kernel | pattern | µs | L2 cache | memory | an instruction issued | warps at work, of 64 |", "|:---|:---|---:|---:|---:|---:|---:|"] + [
+        f"| {k['kernel']} | {k['pattern']} | {k['us']:.0f} | {k['l2']:.0%} | {k['memory']:.0%} | {k['issue']:.0%} | {k['warps']:.0f} |" for k in kernels]))

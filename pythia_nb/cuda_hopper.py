@@ -318,7 +318,7 @@ HOPPER_END = r'''
         #pragma unroll
         for (int k = 0; k < 4; k++) v[k] = pack(acc[0][j + k][half * 2], acc[0][j + k][half * 2 + 1]);
         transpose_quad(v);
-        if (there) *(uint4*)(out + j * 8) = make_uint4(v[0], v[1], v[2], v[3]);
+        if (there) __stcs((uint4*)(out + j * 8), make_uint4(v[0], v[1], v[2], v[3]));
       }
   }
   if (w.slot >= 0) store_partial(acc, p.partial + part_rows(p, w) * D, row0, 1.f);

@@ -307,7 +307,7 @@ template <int CD> __device__ __forceinline__ void store_direct(const float (&c)[
         #pragma unroll
         for (int i = 0; i < 4; i++) r[i] = pack(c[0][(j + i) % CD][half * 2] * f, c[0][(j + i) % CD][half * 2 + 1] * f);
         exchange(r[0], r[1], 1); exchange(r[2], r[3], 1); exchange(r[0], r[2], 2); exchange(r[1], r[3], 2);
-        if (there) *(uint4*)(row + (j + threadIdx.x % 4) * 8) = make_uint4(r[0], r[1], r[2], r[3]);
+        if (there) __stcs((uint4*)(row + (j + threadIdx.x % 4) * 8), make_uint4(r[0], r[1], r[2], r[3]));
       } else {
         #pragma unroll
         for (int i = j; i < CD; i++) if (there) *(u32*)(row + i * 8 + frag_col(0)) = pack(c[0][i][half * 2] * f, c[0][i][half * 2 + 1] * f);

@@ -360,9 +360,10 @@ MACROS = r'''
 #define gridDim gpu::grid
 '''
 WORDS = r'''
-struct alignas(8) int2 { int x, y; }; struct alignas(16) int4 { int x, y, z, w; }; struct alignas(16) uint4 { u32 x, y, z, w; }; struct alignas(8) float2 { float x, y; }; struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) int2 { int x, y; }; struct alignas(16) int4 { int x, y, z, w; }; struct alignas(8) uint2 { u32 x, y; }; struct alignas(16) uint4 { u32 x, y, z, w; }; struct alignas(8) float2 { float x, y; }; struct alignas(16) float4 { float x, y, z, w; };
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -377,6 +378,7 @@ template <class V> V __shfl_up_sync(u32 mask, V x, int by) { const int lane = gp
 template <class V> V atomicAdd(V* at, V x) { const V was = *at; *at += x; return was; }
 template <class V> V atomicMax(V* at, V x) { const V was = *at; if (x > was) *at = x; return was; }
 template <class V> V __ldg(const V* at) { return *at; }
+template <class V> void __stcs(V* at, V x) { *at = x; }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline u32 __float_as_uint(float x) { return gpu::bits(x); }
@@ -392,7 +394,7 @@ MACHINE = FIBERS + MEETINGS + COPIES + REGISTERS + NUMBERS + FRAGMENTS + WARPGRO
 # %% ../nbs/09a_emulator.ipynb #2b6327e6
 PTX = {
     "": "",
-    "mov.u32 %0, %%tid.x;": "%0 = gpu::now->thread", "ld.global.s32 %0, [%1];": "%0 = *(%1)", "prefetch.global.L1 [%0];": "", "red.global.add.s32 [%0], %1;": "*(%0) += %1",
+    "mov.u32 %0, %%tid.x;": "%0 = gpu::now->thread", "ld.global.s32 %0, [%1];": "%0 = *(%1)", "prefetch.global.L1 [%0];": "", "createpolicy.fractional.L2::evict_last.b64 %0, 1.0;": "%0 = 0", "red.global.add.L2::cache_hint.s32 [%0], %1, %2;": "*(%0) += %1",
     "mad.wide.s32 %0, %1, %2, %3;": "%0 = (i64)(%1) * (%2) + (u64)(%3)",
     "ex2.approx.ftz.f32 %0, %1;": "%0 = exp2f(%1)", "rcp.approx.ftz.f32 %0, %1;": "%0 = 1 / (%1)", "lg2.approx.f32 %0, %1;": "%0 = log2f(%1)",
     "cvt.rn.bf16x2.f32 %0, %1, %2;": "%0 = gpu::to_16(%1, true) << 16 | gpu::to_16(%2, true)", "cvt.rn.f16x2.f32 %0, %1, %2;": "%0 = gpu::to_16(%1, false) << 16 | gpu::to_16(%2, false)",

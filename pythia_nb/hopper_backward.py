@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cuda_backward import MAIN, backward_call, backward_kernels, backward_recipe
+from .cuda_backward import FINISH, around_kernels, backward_call, backward_recipe
 from .cuda_basics import Kernel
 from .cuda_hopper import ADD_VALUES, COPY_ROWS, OTHER_DOCUMENT, STORE_DIRECT, HopperTile, takes_hopper, team_source
 from .cuda_small_backward import backward_by_block
-from .exact_sums import AROUND, UNITS
+from .exact_sums import AROUND_TILE, PREPARE, UNITS
 from .layout import BlockLayout
 from .warpgroups import BARRIERS, wgmma_function
 
@@ -281,7 +281,7 @@ __device__ __forceinline__ void store_direct(const float (&c)[1][DT][4], u16* ds
       #pragma unroll
       for (int k = 0; k < 4; k++) v[k] = pack(c[0][j + k][half * 2] * factor, c[0][j + k][half * 2 + 1] * factor);
       transpose_quad(v);
-      if (y < count) *(uint4*)(out + j * 8) = make_uint4(v[0], v[1], v[2], v[3]);
+      if (y < count) __stcs((uint4*)(out + j * 8), make_uint4(v[0], v[1], v[2], v[3]));
     }
   }
 }
@@ -338,15 +338,15 @@ def column_source(D: int, N: int, bf16: bool = True) -> str:
 
 def column_hash() -> str:
     "The fingerprint of all variants' sources, and of the kernels before and after"
-    return hashlib.sha256("".join([column_source(*about) for about in COLUMN_TILES] + [AROUND, MAIN, repr(COLUMN_TILES)]).encode()).hexdigest()
+    return hashlib.sha256("".join([column_source(*about) for about in COLUMN_TILES] + [PREPARE, FINISH, repr(COLUMN_TILES)]).encode()).hexdigest()
 
 # %% ../nbs/09b_hopper_backward.ipynb #7c08ed39
 @functools.cache
-def column_kernels(D: int, N: int, bf16: bool, device: torch.device) -> tuple[ColumnTile, Kernel, list[Kernel], Kernel, Kernel]:
+def column_kernels(D: int, N: int, bf16: bool, device: torch.device) -> tuple[ColumnTile, Kernel, list[Kernel], Kernel]:
     "The variant, compiled when it is first used: its shape, and the kernels in the order in which they run"
     t = COLUMN_TILES[D, N]
-    _, prepare, _, combine, finish = backward_kernels(D, N, bf16, device)
-    return t, prepare, [Kernel(column_source(D, N, bf16), "attention_backward", t.threads, column_shared(t, D), device, "-arch=sm_90a")], combine, finish
+    prepare, finish = around_kernels(AROUND_TILE, D, N, bf16, device)
+    return t, prepare, [Kernel(column_source(D, N, bf16), "attention_backward", t.threads, column_shared(t, D), device, "-arch=sm_90a")], finish
 
 column_recipe = functools.partial(backward_recipe, kernels=column_kernels, stay=True)    # made once: calls are remembered by who makes their recipe
 

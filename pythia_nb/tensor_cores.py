@@ -124,7 +124,10 @@ __device__ __forceinline__ float reciprocal(float x) { float y; asm("rcp.approx.
 __device__ __forceinline__ float lg2(float x) { float y; asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float quad_max(float x) { x = fmaxf(x, __shfl_xor_sync(~0u, x, 1)); return fmaxf(x, __shfl_xor_sync(~0u, x, 2)); }
 __device__ __forceinline__ float quad_sum(float x) { x += __shfl_xor_sync(~0u, x, 1); return x + __shfl_xor_sync(~0u, x, 2); }
-__device__ __forceinline__ void reduce_add(int* p, int x) { asm volatile("red.global.add.s32 [%0], %1;" :: "l"(p), "r"(x) : "memory"); }
+__device__ __forceinline__ void reduce_add(int* p, int x) {
+  u64 policy; asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("red.global.add.L2::cache_hint.s32 [%0], %1, %2;" :: "l"(p), "r"(x), "l"(policy) : "memory");
+}
 '''
 INSTRUCTIONS = ASYNC_COPIES + FRAGMENTS + MMA + ROUNDING + FUNCTIONS
 
@@ -253,11 +256,11 @@ __device__ __forceinline__ void store_rows(const float (&c)[CM][CD][4], u16* sha
     dst += (i64)x * stride + lane % CD * 8;
     #pragma unroll
     for (int r = 0; r < 16 * MT; r += 32 / CD, dst += (i64)(32 / CD) * stride)
-      if (x + r >= 0 && x + r < count) *(uint4*)dst = *(const uint4*)(from + r * LD);
+      if (x + r >= 0 && x + r < count) __stcs((uint4*)dst, *(const uint4*)(from + r * LD));
   } else
     for (int e = lane; e < 16 * MT * CD; e += 32) {
       const int row = row0 + e / CD, x = x0 + row;
-      if (x >= 0 && x < count) *(uint4*)(dst + (i64)x * stride + e % CD * 8) = *(const uint4*)(shared_rows + row * LD + e % CD * 8);
+      if (x >= 0 && x < count) __stcs((uint4*)(dst + (i64)x * stride + e % CD * 8), *(const uint4*)(shared_rows + row * LD + e % CD * 8));
     }
 }
 '''

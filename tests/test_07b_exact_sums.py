@@ -4,7 +4,7 @@ import pytest
 import torch
 from pythia_nb.cuda_basics import HEAD_DIMS, check_compiles
 from pythia_nb.cuda_forward import kernel_source
-from pythia_nb.exact_sums import AROUND, AROUND_TILE, dq_units
+from pythia_nb.exact_sums import AROUND_TILE, PREPARE, dq_units
 
 
 def head_gradients(n, D=64, spike=1.):
@@ -33,4 +33,4 @@ def test_whole_numbers_have_the_same_sum_in_any_order():
 
 
 @pytest.mark.parametrize("D", HEAD_DIMS)
-def test_they_compile_without_spills(D): check_compiles(kernel_source(AROUND, D, 64, AROUND_TILE))
+def test_the_kernel_compiles_without_spills(D): check_compiles(kernel_source(PREPARE, D, 64, AROUND_TILE))

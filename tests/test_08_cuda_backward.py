@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from pythia_nb import patterns as P
 from pythia_nb.cuda_backward import (
-    MAIN, backward_hash, backward_parts, backward_shared, backward_tiles, cuda_backward, simulate_backward,
+    FINISH, MAIN, backward_hash, backward_parts, backward_shared, backward_tiles, cuda_backward, simulate_backward,
 )
 from pythia_nb.cuda_basics import HEAD_DIMS, Operations, check_compiles, params_at
 from pythia_nb.cuda_forward import cuda_forward, kernel_source
@@ -49,6 +49,7 @@ def test_the_order_of_the_thread_blocks_does_not_show_in_dq():
 def test_every_variant_compiles_without_spills(D, N):
     for t in backward_tiles(D, N):
         for part in backward_parts(D): check_compiles(kernel_source(MAIN, D, N, t, part=part))
+        check_compiles(kernel_source(FINISH, D, N, t))
 
 def test_fp16_compiles(): check_compiles(kernel_source(MAIN, 64, 64, backward_tiles(64, 64)[0], bf16=False))
 
@@ -65,7 +66,7 @@ def test_a_call_does_only_what_it_must(monkeypatch):
     "Without a GPU: the second call makes the gradients and one piece of memory, and asks for nothing else"
     launches, layout = [], P.local(1).layout(300, block=64)
     def kernel(blocks, arguments): launches.append((blocks, params_at(arguments)))
-    for name, function in dict(backward_kernels=lambda *about: (backward_tiles(64, 64)[0], kernel, [kernel], kernel, kernel), heads_at_once=lambda *about: 6,
+    for name, function in dict(backward_kernels=lambda *about: (backward_tiles(64, 64)[0], kernel, [kernel], kernel), heads_at_once=lambda *about: 6,
                                make_plan=lambda *about: schedule(layout, True, 1, 8), multiprocessors=lambda device: 132, combine_blocks=lambda *about: 0, clear=lambda work, size: launches.append(size)).items():
         monkeypatch.setitem(cuda_backward.__globals__, name, function)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
@@ -77,8 +78,8 @@ def test_a_call_does_only_what_it_must(monkeypatch):
     launches.clear()
     with Operations() as seen: dq, dk, dv = cuda_backward(do, None, q, k, v, o, lse, *rest)
     assert seen.names == ["aten::empty_like"] * 3 + ["aten::new_empty"] and dq.stride() == q.stride()
-    cleared, (_, params), (blocks, main), (none, _), (finish, _) = launches
-    assert none == 0 and main == params and blocks >= 5 * 2 * 3 and finish == 2 * 3 * 20 * 2 * 64 // 256 and cleared == 4 * 2 * 3 * 65 // 256 * 256 + 256
+    cleared, (_, params), (blocks, main), (finish, _) = launches
+    assert main == params and blocks >= 5 * 2 * 3 and finish == 2 * 3 * 20 * 2 * 64 // 256 and cleared == 4 * 2 * 3 * 65 // 256 * 256 + 256
     assert params[:5] == tuple(t.data_ptr() for t in (q, k, v, o, do)) and params[5] == 0 == params[10]
     assert params[6:10] == (dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), lse.data_ptr()) and params[11] - params[12] == cleared
 

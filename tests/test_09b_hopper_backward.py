@@ -91,8 +91,8 @@ def with_hole(old: str, new: str, seed: int, D: int = 64, N: int = 64) -> str:
     (given, expected), source = small_problem(D, N), column_source(D, N)
     assert source.count(old) == 1, f"{old!r} is not there once"
     def kernels(*about):
-        t, prepare, _, *after = column_kernels(*about)
-        return t, prepare, [Kernel(source.replace(old, new), "attention_backward", t.threads, column_shared(t, D), given[0].device)], *after
+        t, prepare, _, finish = column_kernels(*about)
+        return t, prepare, [Kernel(source.replace(old, new), "attention_backward", t.threads, column_shared(t, D), given[0].device)], finish
     with emulated_gpu(seed):
         try: got = backward_call(functools.partial(backward_recipe, kernels=kernels, stay=True), *given)
         except EmulationError as e: return e.what
