@@ -3,11 +3,13 @@ import json
 import math
 import pytest
 import torch
+import types
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from pythia_nb import patterns as P
 from pythia_nb.cuda_backward import (
-    FINISH, MAIN, backward_hash, backward_parts, backward_shared, backward_tiles, cuda_backward, simulate_backward,
+    FINISH, MAIN, backward_hash, backward_parts, backward_shared, backward_tiles, cuda_backward, heads_at_once,
+    simulate_backward,
 )
 from pythia_nb.cuda_basics import HEAD_DIMS, Operations, check_compiles, params_at
 from pythia_nb.cuda_forward import cuda_forward, kernel_source
@@ -16,6 +18,7 @@ from pythia_nb.reference import (
     as_function, attention_oracle, check_attention, gradients, hard_problem, sized_problem, split_segments,
 )
 from pythia_nb.schedule import schedule
+from unittest import mock
 
 
 def backward_problem(N, causal, H=2, D=32):
@@ -60,6 +63,15 @@ def test_launch_parameters_fit_every_gpu(D, N):
         assert t.threads in (64, 128, 256) and t.BN <= t.threads and t.BN % t.BS == 0 and (t.BM % N == 0 or N % t.BM == 0) and t.group(N) <= 8
         assert 16 * t.MT <= max(N, 16) and (backward_shared(t, D) + 1152) * t.CTAS <= 228 * 1024
     assert backward_shared(backward_tiles(D, N)[-1], D) <= 99 * 1024 - 128
+
+
+@given(L=st.integers(16, 1 << 20), D=st.sampled_from(HEAD_DIMS), wide=st.integers(1, 300), megabytes=st.integers(1, 126))
+def test_groups_of_heads_are_few_and_none_is_small(L, D, wide, megabytes):
+    gpu = types.SimpleNamespace(L2_cache_size=megabytes << 20)
+    with mock.patch.object(torch.cuda, "get_device_properties", lambda device: gpu): n = heads_at_once.__wrapped__(L, D, wide, None)
+    most = max(1, (1 if D <= 64 else 2) * (megabytes << 20) // (12 * L * D))    # what the cache holds
+    groups = -(-wide // n)
+    assert 1 <= n <= max(1, min(most, wide)) and groups <= -(-wide // min(most, wide)) and n * groups - wide < groups
 
 
 def test_a_call_does_only_what_it_must(monkeypatch):
