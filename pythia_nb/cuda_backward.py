@@ -448,10 +448,9 @@ def backward_hash() -> str:
 
 # %% ../nbs/08_cuda_backward.ipynb #76cbd630
 @functools.cache
-def heads_at_once(L: int, D: int, wide: int, device: torch.device) -> int:
-    "Sequences and heads of an item that are started side by side: what they read and add to is at most once or twice the L2 cache"
-    caches = 1 if D <= 64 else 2
-    most = max(1, min(wide, caches * torch.cuda.get_device_properties(device).L2_cache_size // (12 * L * D)))
+def heads_at_once(L: int, D: int, wide: int, device: torch.device, caches: int = 0) -> int:    # caches: 0 for one, at D > 64 two
+    "Sequences and heads of an item that are started side by side: what they read and add to is at most so many times the L2 cache"
+    most = max(1, min(wide, (caches or 1 + (D > 64)) * torch.cuda.get_device_properties(device).L2_cache_size // (12 * L * D)))
     return -(-wide // -(-wide // most))    # as many groups as with most, and none much smaller than the others
 
 def around_kernels(t: Tile, D: int, N: int, bf16: bool, device: torch.device) -> tuple[Kernel, Kernel]:
@@ -477,22 +476,20 @@ def places(**sizes: int) -> dict[str, int]:    # where each starts, and `all`: t
 
 def backward_recipe(
     layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor,
-    kernels=None,          # others than `backward_kernels`
-    stay: bool = False,    # do thread blocks of the main kernel stay, one on each multiprocessor, and take job after job?
 ) -> Recipe:
     "All that calls with such tensors share"
     (B, H, L, D), N, S, device = q.shape, layout.block, k.shape[2], q.device
-    t, prepare, mains, finish = (kernels or backward_kernels)(D, N, q.dtype == torch.bfloat16, device)
+    t, prepare, mains, finish = backward_kernels(D, N, q.dtype == torch.bfloat16, device)
     wide = B if layout.heads > 1 else B * H
     plan, strips = make_plan(layout, True, t, wide, device), layout.nQ * N // 16
     n = partial_rows(plan, wide, N)
     grads = {name: torch.empty_like(x, device="meta") for name, x in (("dq", q), ("dk", k), ("dv", v))}
     params = pack_params(plan, layout, 0, MASKS, untrusted, q, k, v, o=o, dout=do, **grads, strips=strips, heads_at_once=heads_at_once(L, D, wide, device))
     jobs = plan.max_items * wide * t.parts(N)
-    launches = [(prepare, prepare_blocks(B, H, L, S, D, multiprocessors(device))), *((main, min(jobs, multiprocessors(device)) if stay else jobs) for main in mains),
+    launches = [(prepare, prepare_blocks(B, H, L, S, D, multiprocessors(device))), *((main, jobs) for main in mains),
                 (finish, column_blocks(plan, wide, N, D, device) + -(-B * H * strips * 2 * D // 256))]
     return Recipe("q k v o dout dq dk dv lse dlse rows bounds dq_sum partial", params, plan, launches, all(in_steps(x.stride(), 2) for x in (q, k, v, o, do)),
-                  **places(bounds=4 * (B * H * (D + 1) + 1), rows=16 * B * H * L, dq_sum=64 * B * H * strips * D, partial=8 * n * D))
+                  **places(bounds=4 * B * H * (D + 1), rows=16 * B * H * L, dq_sum=64 * B * H * strips * D, partial=8 * n * D))
 
 # %% ../nbs/08_cuda_backward.ipynb #18af0f35
 def with_copies(backward, do, dlse, q, k, v, o, *rest) -> tuple[Tensor, Tensor, Tensor]:

@@ -446,10 +446,11 @@ def chunk_size(
     visible: int,    # entries of all lists, over heads, batch and the thread blocks that share a list
     slots: int,      # thread blocks that run at once
     columns: bool = False,    # are the lists those of key blocks?
+    rounds: int = 0,          # rounds that the work makes, about; 0: two, for columns four
 ) -> int:
-    "Entries of a part: a power of two, at least 16 (for columns 8), such that the work makes about two rounds (for columns four)"
-    rounds, least = (4, 8) if columns else (2, 16)
-    return max(least, 1 << round(math.log2(max(visible / (rounds * slots), 1))))
+    "Entries of a part: a power of two, at least 16 (for columns 8)"
+    usual, least = (4, 8) if columns else (2, 16)
+    return max(least, 1 << round(math.log2(max(visible / ((rounds or usual) * slots), 1))))
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
@@ -460,9 +461,9 @@ def choose_tile(tiles: list[Tile], shared, D: int, device: torch.device) -> Tile
     "The first variant whose shared memory the device has"
     return next(t for t in tiles if shared(t, D) <= max_shared_memory(device))
 
-def make_plan(layout: BlockLayout, columns: bool, t: Tile, wide: int, device: torch.device) -> Schedule:
+def make_plan(layout: BlockLayout, columns: bool, t: Tile, wide: int, device: torch.device, rounds: int = 0) -> Schedule:    # rounds: as for `chunk_size`
     "The schedule of a layout's rows or columns for a variant; `wide` sequences and heads share a list"
-    return schedule(layout, columns, t.group(layout.block), chunk_size(layout.visible * wide * t.parts(layout.block), t.CTAS * multiprocessors(device), columns))
+    return schedule(layout, columns, t.group(layout.block), chunk_size(layout.visible * wide * t.parts(layout.block), t.CTAS * multiprocessors(device), columns, rounds))
 
 # %% ../nbs/07_cuda_forward.ipynb #6a428e25
 def cuda_kernel(name: str, body: str, D: int, N: int, t: Tile, bf16: bool, shared: int, device: torch.device, threads: int = 0, part: int = 3) -> Kernel:
@@ -489,6 +490,7 @@ def forward_recipe(
     layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor,
     kernels=None,          # others than `forward_kernels`
     stay: bool = False,    # do thread blocks stay, one on each multiprocessor, and take job after job?
+    map_of=None,           # makes a map of a tensor, for kernels that need it
 ) -> Recipe:
     "All that calls with such tensors share"
     (B, H, L, D), N, device = q.shape, layout.block, q.device
@@ -497,7 +499,7 @@ def forward_recipe(
     plan = make_plan(layout, False, t, wide, device)
     jobs = plan.max_items * wide * t.parts(N)
     return forward_recipe_of(layout, untrusted, q, k, v, plan, partial_rows(plan, wide, N), kernel, min(jobs, multiprocessors(device)) if stay else jobs,
-                             combine, combine_blocks(plan, wide, N, D, device), heads_at_once=wide)
+                             combine, combine_blocks(plan, wide, N, D, device), heads_at_once=wide, maps=map_of and {"q": map_of(q), "k": map_of(k), "v": map_of(v)})
 
 # %% ../nbs/07_cuda_forward.ipynb #695fb091
 def cuda_forward(

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import random
 import re
+import struct
 import subprocess
 import sys
 import types
@@ -20,6 +21,7 @@ from unittest import mock
 
 import torch
 
+from . import warpgroups
 from .cuda_basics import Arguments, Kernel
 from .native import compiled, compiler
 
@@ -121,7 +123,7 @@ static u32 ballot(bool x) {
 COPIES = r'''
 struct Place { u64 when; Fiber* by; };                     // of 16 bytes: when it was written, and by whom if it was a thread that passed no fence since
 static Place places[sizeof shared_memory / 16]; static u64 clock_;
-struct Pending { std::vector<Copy> copies; u32 barrier; };
+struct Pending { std::vector<Copy> copies; u32 barrier; int bytes = 0; };    // bytes: of the copy engine; 0: a thread's copies, which arrive
 static std::vector<Pending> pending;
 
 static char* place(u32 at, int bytes) {    // `__shared__` variables lie outside of the array
@@ -147,13 +149,39 @@ static void copy_async(u32 to, const void* from, int bytes, int there) { now->co
 static void carry_out_oldest(Fiber& f) { carry_out(f.copies.front()); f.copies.erase(f.copies.begin()); }
 static void commit_copies() { now->copies.emplace_back(); }
 static void wait_copies(size_t but) { while (now->copies.size() > but + 1) carry_out_oldest(*now); }    // `but` groups may stay on their way
-struct Counter { u32 arrivals : 20, missing : 20, phase : 1; };
+struct Counter { u64 arrivals : 20, missing : 20, bytes : 20, phase : 1; };    // bytes: that are expected, in 16
 static Counter* counter(u32 at) { return (Counter*)place(at, 8); }
-static void init_counter(u32 at, u32 arrivals) { *counter(at) = {arrivals, arrivals, 0}; }
-static void arrive(u32 at) {
+static void init_counter(u32 at, u32 arrivals) { *counter(at) = {arrivals, arrivals, 0, 0}; }
+static Counter* made_counter(u32 at) {
   Counter* c = counter(at);
-  if (c->missing == 0xfffff) { fail("an arrival at a barrier that was not made"); return; }
-  if (--c->missing == 0) { c->missing = c->arrivals; c->phase ^= 1; }
+  if (c->missing == 0xfffff) fail("an arrival at a barrier that was not made");
+  return c;
+}
+static void perhaps_over(Counter* c) { if (c->missing == 0 && c->bytes == 0) { c->missing = c->arrivals; c->phase ^= 1; } }
+static void arrive(u32 at) { Counter* c = made_counter(at); c->missing--; perhaps_over(c); }
+static void expect(u32 at, int bytes) { made_counter(at)->bytes += bytes / 16; }
+static void came(u32 at, int bytes) {
+  Counter* c = made_counter(at);
+  if (c->bytes < (u32)bytes / 16) { fail("bytes came that no barrier expects"); return; }
+  c->bytes -= bytes / 16; perhaps_over(c);
+}
+// The copy engine. A map here: address, four sizes, three strides in bytes
+static void copy_box(u32 to, const u64* map, u32 at, int column, int row, int h, int b) {
+  Pending p{{}, at, 64 * 128};
+  if (to % 1024) fail("a box goes to an address that is no multiple of 1024");
+  for (int r = 0; r < 64; r++)
+    for (int chunk = 0; chunk < 8; chunk++) {
+      const u64 x[4] = {(u64)column + chunk * 8, (u64)(i64)(row + r), (u64)h, (u64)b}; bool there = true;
+      for (int i = 0; i < 4; i++) there &= x[i] < map[1 + i];
+      const char* from = (const char*)map[0] + x[0] * 2 + x[1] * map[5] + x[2] * map[6] + x[3] * map[7];
+      p.copies.push_back({to + r * 128 + ((chunk ^ r % 8) << 4), there ? from : (const char*)map, 16, there ? 16 : 0});
+    }
+  pending.push_back(p); perhaps_let_others();
+}
+static void copy_bulk(u32 to, const void* from, int bytes, u32 at) {
+  Pending p{{}, at, bytes};
+  for (int i = 0; i < bytes; i += 16) p.copies.push_back({to + i, (const char*)from + i, 16, 16});
+  pending.push_back(p); perhaps_let_others();
 }
 static void arrive_when_copied(u32 at) {
   Pending p{{}, at};
@@ -165,7 +193,7 @@ static void carry_out_one() {
   if (f.copies.size() > 1) carry_out_oldest(f);
   if (pending.empty()) return;
   const u32 i = dice(pending.size()); Pending p = pending[i];
-  pending.erase(pending.begin() + i); carry_out(p.copies); arrive(p.barrier);
+  pending.erase(pending.begin() + i); carry_out(p.copies); if (p.bytes) came(p.barrier, p.bytes); else arrive(p.barrier);
 }
 static u32 await(u32 at, u32 phase) { wait_until([=] { return counter(at)->phase != phase; }); perhaps_let_others(); return 1; }
 '''
@@ -298,7 +326,7 @@ APART wait_products(size_t but) {
 
 # %% ../nbs/09a_emulator.ipynb #024b967f
 LAUNCH = r'''
-static const void* arguments; static jmp_buf outside; static const u64 UNTOUCHED = 0x5afe5afe5afe5afe;
+alignas(64) static char arguments[4096]; static jmp_buf outside; static const u64 UNTOUCHED = 0x5afe5afe5afe5afe;
 static void run_block(int threads, void (*kernel)()) {
   memset(shared_memory, 0xff, sizeof shared_memory);    // NaN where nothing was written
   fibers.clear(); pending.clear(); barriers.clear(); memset(places, 0, sizeof places);
@@ -333,9 +361,9 @@ static void wrong_address(int signal) {
   fail(signal == SIGILL || signal == SIGTRAP ? "a thread reads or writes at an address that is no multiple of what it reads" : "a thread reads or writes where no memory is");
   _longjmp(in_fiber ? scheduler : outside, 1);
 }
-static const char* launch(const void* params, int blocks, int threads, u32 bytes, u32 seed, void (*kernel)()) {
+static const char* launch(const void* given, size_t size, int blocks, int threads, u32 bytes, u32 seed, void (*kernel)()) {
   static std::string message; static struct sigaction before[4]; static const int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
-  arguments = params; grid.x = blocks; shared_bytes = bytes; state = seed; error = nullptr;
+  memcpy(arguments, given, size); grid.x = blocks; shared_bytes = bytes; state = seed; error = nullptr;
   struct sigaction ours = {};
   ours.sa_handler = wrong_address; ours.sa_flags = SA_NODEFER;
   for (int i = 0; i < 4; i++) sigaction(signals[i], &ours, &before[i]);
@@ -409,6 +437,9 @@ PTX = {
        f"gpu::multiply_fragments({bf16}, {{&%0, &%1, &%2, &%3}}, {{%4, %5, %6, %7}}, {{%8, %9}})" for t, bf16 in (("bf16", "true"), ("f16", "false"))},
     "bar.sync %0, %1;": "gpu::sync(%0, %1)", "bar.sync %0, #;": "gpu::sync(%0, #)", "bar.arrive %0, #;": "gpu::arrive_at(%0, #)",
     "mbarrier.init.shared.b64 [%0], %1;": "gpu::init_counter(%0, %1)", "{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}": "gpu::arrive(%0), gpu::perhaps_let_others()",
+    "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;": "gpu::expect(%0, %1)",
+    "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];": "gpu::copy_box(%0, (const u64*)(%1), %2, %3, %4, %5, %6)",
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];": "gpu::copy_bulk(%0, %1, %2, %3)",
     "cp.async.mbarrier.arrive.noinc.shared.b64 [%0];": "gpu::arrive_when_copied(%0)",
     "{.reg .pred over; mbarrier.try_wait.parity.shared.b64 over, [%1], %2; selp.u32 %0, 1, 0, over;}": "%0 = gpu::await(%1, %2)",
     "fence.proxy.async.shared::cta;": "gpu::fence()", "wgmma.fence.sync.aligned;": "gpu::now->touched = false", "wgmma.commit_group.sync.aligned;": "gpu::commit_products()", "wgmma.wait_group.sync.aligned %0;": "gpu::wait_products(%0)",
@@ -467,17 +498,17 @@ def without_assembly(source: str) -> str:
 
 # %% ../nbs/09a_emulator.ipynb #1280fac1
 def as_cpp(
-    source: str,    # CUDA C++, whose kernels have one argument, `Params`
+    source: str,    # CUDA C++, whose kernels have one argument, `Params` or `Launch`
 ) -> str:
     "C++ with a function `launch_…` for each of its kernels"
-    source = source.replace("const __grid_constant__ Params p", "const Params& p")    # one for all threads
+    source = re.sub(r"const __grid_constant__ (Params|Launch) ", r"const \1& ", source)    # one for all threads
     source = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) shared\[\];", r"\1* shared = (\1*)gpu::shared_memory;", source)
     done = subprocess.run([compiler(), "-E", "-P", "-w", "-x", "c++", "-"], input=MACROS + source, capture_output=True, text=True)
     if done.returncode: raise ValueError(f"the preprocessor refused the source: {done.stderr.splitlines()[0]}")
     launches = "".join(f'''
-static void thread_of_{name}() {{ {name}(*(const Params*)gpu::arguments); gpu::now->done = true; gpu::let_others(); }}
-extern "C" const char* launch_{name}(const void* params, int blocks, int threads, u32 bytes, u32 seed) {{ return gpu::launch(params, blocks, threads, bytes, seed, thread_of_{name}); }}
-''' for name in re.findall(r'extern "C" __global__ .*?(\w+)\(const Params& p\)', source))
+static void thread_of_{name}() {{ {name}(*(const {kind}*)gpu::arguments); gpu::now->done = true; gpu::let_others(); }}
+extern "C" const char* launch_{name}(const void* given, int blocks, int threads, u32 bytes, u32 seed) {{ return gpu::launch(given, sizeof({kind}), blocks, threads, bytes, seed, thread_of_{name}); }}
+''' for name, kind in re.findall(r'extern "C" __global__ .*?(\w+)\(const (Params|Launch)& \w+\)', source))
     return MACHINE + without_assembly(done.stdout) + launches
 
 FLAGS = "-O1", "-fno-strict-aliasing", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"    # the last two: an address that is not aligned ends the launch
@@ -522,6 +553,7 @@ def emulated_gpu(
         def patch(where, **what):
             for name, value in what.items(): stack.enter_context(mock.patch.object(where, name, value, create=True))
         patch(Kernel, __init__=make, __call__=call)
+        patch(warpgroups, encode_map=lambda address, sizes, strides: struct.pack("8Q64x", address, *sizes, *strides))
         patch(torch.cuda, get_device_properties=lambda device: gpu, get_device_capability=lambda device=None: (9, 0), is_current_stream_capturing=lambda: False)
         patch(torch._C, _cuda_getCurrentRawStream=lambda index: 0, _cuda_getDevice=lambda: -1)
         stack.enter_context(mock.patch.dict(sys.modules, {"cupy": types.ModuleType("cupy"), "cupy.cuda": cupy}))

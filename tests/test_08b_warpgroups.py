@@ -9,7 +9,7 @@ from pythia_nb.layout import BlockLayout
 from pythia_nb.reference import attention_oracle
 from pythia_nb.schedule import compile_report, schedule
 from pythia_nb.tensor_cores import INSTRUCTIONS, SHAPES, Tile, macros
-from pythia_nb.warpgroups import BARRIERS, Phased, Ring, WGMMA, wgmma_function
+from pythia_nb.warpgroups import BARRIERS, Phased, Ring, WGMMA, tensor_map, wgmma_function
 
 
 class SimulatedTeam:
@@ -145,6 +145,14 @@ def place(row, chunk): return chunk ^ row % 8    # where a chunk of 16 bytes lie
 def test_a_column_of_chunks_meets_every_bank_once(chunk):
     for first in (0, 8, 40): assert sorted(place(first + r, chunk) for r in range(8)) == list(range(8))
     assert all(place(r, place(r, chunk)) == chunk for r in range(16))    # its own inverse
+
+
+def test_a_map_has_one_row_where_a_dimension_is_expanded(monkeypatch):
+    seen = []
+    monkeypatch.setitem(tensor_map.__globals__, "encode_map", lambda address, *about: seen.append(about) or bytes(128))
+    t = torch.empty(2, 100, 3, 64, dtype=torch.bfloat16).transpose(1, 2)
+    for x in (t, t[:, :1].expand(-1, 3, -1, -1), t[:1]): tensor_map(x)
+    assert seen == [((64, 100, 3, 2), (384, 128, 38400)), ((64, 100, 1, 2), (384, 384, 38400)), ((64, 100, 3, 1), (384, 128, 384))]
 
 
 ONE_PRODUCT = r'''

@@ -16,6 +16,7 @@ from pythia_nb.reference import (
     as_function, check_attention, check_forward, hard_problem, past_the_diagonal, sized_problem,
 )
 from pythia_nb.schedule import compile_report
+from pythia_nb.warpgroups import tensor_map
 
 
 def test_lanes_exchange_until_each_has_one_tile():
@@ -67,6 +68,7 @@ def test_a_call_launches_at_most_a_thread_block_for_each_multiprocessor(D, N, mo
     "Without a GPU: how many thread blocks, and where they find queries, results and the number of items"
     launches = []
     def kernel(blocks, arguments): launches.append((blocks, params_at(arguments)))
+    monkeypatch.setitem(tensor_map.__globals__, "encode_map", lambda *about: bytes(128))
     monkeypatch.setitem(hopper_recipe.keywords, "kernels", lambda *about: (HOPPER_TILES[D, N], kernel, lambda *arguments: None))
     monkeypatch.setitem(cuda_forward.__globals__, "multiprocessors", lambda device: 132)
     monkeypatch.setitem(forward_on_gpu.__globals__, "takes_hopper", lambda *about: True)

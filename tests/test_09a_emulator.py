@@ -2,7 +2,7 @@
 import functools
 import pytest
 import torch
-from pythia_nb import patterns as P
+from pythia_nb import patterns as P, warpgroups
 from pythia_nb.cuda_backward import cuda_backward
 from pythia_nb.cuda_basics import Kernel, forward_call
 from pythia_nb.cuda_float32 import float32_backward, float32_forward
@@ -77,7 +77,7 @@ def what_happens(hole, seed: int) -> str:
     layout, q, k, v, expected = small_problem()
     with emulated_gpu(seed):
         kernels, stay = hole()
-        try: o, _ = forward_call(functools.partial(forward_recipe, kernels=kernels, stay=stay), False, q, k, v, layout, 0.125, None, None)
+        try: o, _ = forward_call(functools.partial(forward_recipe, kernels=kernels, stay=stay, map_of=warpgroups.tensor_map), False, q, k, v, layout, 0.125, None, None)
         except EmulationError as e: return e.what
     return "right" if (o - expected).abs().max() < 0.05 else "wrong numbers"
 
