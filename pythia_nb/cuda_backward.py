@@ -448,9 +448,10 @@ def backward_hash() -> str:
 
 # %% ../nbs/08_cuda_backward.ipynb #76cbd630
 @functools.cache
-def heads_at_once(L: int, D: int, wide: int, device: torch.device, caches: int = 0) -> int:    # caches: 0 for one, at D > 64 two
-    "Sequences and heads of an item that are started side by side: what they read and add to is at most so many times the L2 cache"
-    most = max(1, min(wide, (caches or 1 + (D > 64)) * torch.cuda.get_device_properties(device).L2_cache_size // (12 * L * D)))
+def heads_at_once(L: int, D: int, wide: int, device: torch.device) -> int:
+    "Sequences and heads of an item that are started side by side: what they read and add to is at most once or twice the L2 cache"
+    caches = 1 if D <= 64 else 2
+    most = max(1, min(wide, caches * torch.cuda.get_device_properties(device).L2_cache_size // (12 * L * D)))
     return -(-wide // -(-wide // most))    # as many groups as with most, and none much smaller than the others
 
 def around_kernels(t: Tile, D: int, N: int, bf16: bool, device: torch.device) -> tuple[Kernel, Kernel]:

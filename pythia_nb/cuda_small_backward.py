@@ -328,7 +328,6 @@ def side_recipe(
     columns: bool, layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor,
     kernels=None,             # makes tile, kernel and the one that combines parts; None: those of this chapter
     stay: bool = False,       # do thread blocks stay, one on each multiprocessor, and take job after job?
-    heads_at_once=None,       # how many sequences and heads are started side by side; None: all
     map_of=None,              # makes a map of a tensor, for kernels that need it
     rounds: int = 0,          # as for `chunk_size`
 ) -> Recipe:
@@ -340,7 +339,7 @@ def side_recipe(
     plan = make_plan(layout, columns, t, wide, device, rounds)
     n, jobs = partial_rows(plan, wide, N), plan.max_items * wide * t.parts(N)
     like = {name: torch.empty_like(x, device="meta") for name, x in (("dq", q), ("dk", k), ("dv", v))}
-    params = pack_params(plan, layout, 0, MASKS, untrusted, q, k, v, o=o, dout=do, **like, heads_at_once=heads_at_once(L, D, wide, device) if heads_at_once else wide)
+    params = pack_params(plan, layout, 0, MASKS, untrusted, q, k, v, o=o, dout=do, **like, heads_at_once=wide)
     launches = [(kernel, min(jobs, multiprocessors(device)) if stay else jobs), (combine, (column_blocks if columns else combine_blocks)(plan, wide, N, D, device))]
     fields = "q k v dout dk dv rows bounds partial" if columns else "q k v o dout dq lse dlse rows bounds partial"
     maps = map_of and {name: map_of(x) for name, x in zip(("q", "k", "v", "dout", "o"), (q, k, v, do, o)) if name in fields.split()}

@@ -14,13 +14,13 @@ import hashlib
 import torch
 from torch import Tensor
 
-from .cuda_backward import COMBINE_COLUMNS, heads_at_once
+from .cuda_backward import COMBINE_COLUMNS
 from .cuda_basics import Kernel
 from .cuda_forward import cuda_kernel
 from .cuda_hopper import ADD_VALUES, COPY_ROWS, OTHER_DOCUMENT, RING, STORE_DIRECT, takes_hopper, team_source
 from .cuda_small_backward import COMBINE_ALL, COMBINE_ROWS, backward_by_block, backward_in_two, side_recipe
 from .exact_sums import AROUND_TILE
-from .hopper_rows import BACKWARD_LOADER, BACKWARD_ROLES, BACKWARD_TEAM, HEAD, ROW_STEPS, ROW_TILES, STORE_GRADIENTS, BackwardTile, row_recipe, row_shared, row_source
+from .hopper_rows import BACKWARD_LOADER, BACKWARD_ROLES, BACKWARD_TEAM, HEAD, ROW_STEPS, ROW_TILES, STORE_GRADIENTS, BackwardTile, row_recipe, row_source
 from .layout import BlockLayout
 from .warpgroups import BARRIERS, COPY_ENGINE, tensor_map
 
@@ -28,11 +28,10 @@ from .warpgroups import BARRIERS, COPY_ENGINE, tensor_map
 COLUMN_LOADER = r'''
 // The next job: all CTAs count in one place
 __device__ __forceinline__ void plan_column(const Params& p, Job& job) {
-  const int number = atomicAdd(p.bounds, 1u), items = p.counts[0], side_by_side = p.heads_at_once * PARTS;
-  job.start = job.end = job.tiles = 0; job.at = -1;
-  if (number >= items * wide(p) * PARTS) return;
-  // items that were reserved and not needed end each group of heads; they are passed over
-  find_work(p, job, number + number / (items * side_by_side) * (p.max_items - items) * side_by_side, 0);
+  const int number = atomicAdd(p.bounds, 1u);
+  job.start = job.end = job.tiles = 0;
+  if (number >= p.counts[0] * wide(p) * PARTS) { job.at = -1; return; }
+  find_work(p, job, number, 0);
   job.keys = key_count(p, job.b); job.tiles = (job.end - job.start) * (N / BN);
 }
 __device__ __forceinline__ void load_team(const Launch& all, Head& head) {
@@ -208,7 +207,7 @@ def column_kernels(D: int, N: int, bf16: bool, device: torch.device) -> tuple[Ba
     return (t, Kernel(column_source(D, N, bf16), "attention_columns", t.threads, column_shared(t, D), device, "-arch=sm_90a"),
             cuda_kernel("attention_combine_columns", COMBINE_COLUMNS + COMBINE_ALL, D, N, AROUND_TILE, bf16, 0, device, 256))
 
-column_recipe = functools.partial(side_recipe, True, kernels=column_kernels, stay=True, heads_at_once=functools.partial(heads_at_once, caches=2), map_of=tensor_map, rounds=1)
+column_recipe = functools.partial(side_recipe, True, kernels=column_kernels, stay=True, map_of=tensor_map, rounds=1)
 HOPPER_RECIPES = row_recipe, column_recipe    # made once: calls are remembered by who makes their recipe
 
 def hopper_backward(

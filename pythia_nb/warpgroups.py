@@ -9,7 +9,6 @@ __all__ = ['BARRIERS', 'COPY_ENGINE', 'WGMMA', 'Phased', 'Ring', 'map_encoder', 
 import ctypes
 import functools
 
-import torch
 from torch import Tensor
 
 # %% ../nbs/08b_warpgroups.ipynb #44e77cc2

@@ -21,6 +21,7 @@ def gpu_results(folder):
             | {f"{way}_tflops": r[f"{way}_flops"] / r[f"{way}_ms"] / 1e9 if f"{way}_ms" in r else None for way in ("forward", "backward")}
             for r in suite["rows"] if r["group"] == "peers" and "failed" not in r]
     source = "all measured in one run of the benchmark suite"
+    if any(r.get("run") == "earlier" for r in suite["rows"]): source = "measured in one run of the benchmark suite, FlexAttention at blocks of 128 in an earlier run on a card of the same kind"
     if not any(r["name"] == "flex" and r["L"] == 32768 for r in rows):    # the suite was interrupted before it came to them
         rows, source = rows + [r for r in own["rows"] if r["name"] == "flex"], "measured in one run of the benchmark suite, FlexAttention in an earlier run on a card of the same kind"
     return {k: suite["about"][k] for k in ("device", "torch", "dtype")} | dict(heads=own["heads"], rows=rows, source=source)
