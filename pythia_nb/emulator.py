@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIBERS', 'MEETINGS', 'COPIES', 'REGISTERS', 'NUMBERS', 'FRAGMENTS', 'WARPGROUPS', 'WGMMA', 'LAUNCH', 'MACROS',
            'WORDS', 'MACHINE', 'PTX', 'FLAGS', 'MULTIPROCESSORS', 'wgmma_call', 'meaning', 'closing', 'operands',
-           'without_assembly', 'as_cpp', 'EmulationError', 'library', 'launcher', 'emulated_gpu']
+           'without_assembly', 'as_cpp', 'EmulationError', 'library', 'launcher', 'emulated_map', 'emulated_gpu']
 
 # %% ../nbs/09a_emulator.ipynb #908fb324
 import contextlib
@@ -534,6 +534,11 @@ def launcher(source: str, name: str):
 # %% ../nbs/09a_emulator.ipynb #cd6a4c2d
 MULTIPROCESSORS = 3    # of the emulated GPU, which otherwise is an H200 with a small cache
 
+def emulated_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> bytes:    # as `encode_map`
+    "What the emulated copy engine knows of a tensor; raises RuntimeError for one that the driver would refuse"
+    if not all(sizes) or any(x % 16 or not x for x in (address, *strides)): raise RuntimeError(f"no map of a tensor with sizes {sizes} and strides of {strides} bytes at {address:#x}")
+    return struct.pack("8Q64x", address, *sizes, *strides)
+
 @contextlib.contextmanager
 def emulated_gpu(
     seed: int | None = None,    # of the order of events; None: another one each time
@@ -553,7 +558,7 @@ def emulated_gpu(
         def patch(where, **what):
             for name, value in what.items(): stack.enter_context(mock.patch.object(where, name, value, create=True))
         patch(Kernel, __init__=make, __call__=call)
-        patch(warpgroups, encode_map=lambda address, sizes, strides: struct.pack("8Q64x", address, *sizes, *strides))
+        patch(warpgroups, encode_map=emulated_map)
         patch(torch.cuda, get_device_properties=lambda device: gpu, get_device_capability=lambda device=None: (9, 0), is_current_stream_capturing=lambda: False)
         patch(torch._C, _cuda_getCurrentRawStream=lambda index: 0, _cuda_getDevice=lambda: -1)
         stack.enter_context(mock.patch.dict(sys.modules, {"cupy": types.ModuleType("cupy"), "cupy.cuda": cupy}))

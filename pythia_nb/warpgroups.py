@@ -11,6 +11,8 @@ import functools
 
 from torch import Tensor
 
+from .cuda_basics import in_steps
+
 # %% ../nbs/08b_warpgroups.ipynb #44e77cc2
 class Phased:
     "An `mbarrier`: `is_over(parity)` says whether the phase with that parity is over, as the hardware does, which only knows the parity"
@@ -80,12 +82,13 @@ def encode_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -
     if made[:8] != address.to_bytes(8, "little"): raise RuntimeError("this CUDA driver's maps of tensors do not begin with the address: please report its version; backend='torch' works")
     return made
 
-def tensor_map(t: Tensor) -> bytes:    # [B, H, L, D] with unit stride in D
+def tensor_map(t: Tensor) -> bytes:    # [B, H, L, D]
     "How the copy engine sees a tensor; where a dimension is expanded it has one row"
     (B, H, L, D), (batch, head, row, _), size = t.shape, t.stride(), t.element_size()
+    if not t.numel() or not in_steps(t.stride(), size): return bytes(128)    # no kernel reads it: it is empty, or copied first
     def seen(count, stride): return (count, stride * size) if stride and count > 1 else (1, row * size)
     (heads, head), (batches, batch) = seen(H, head), seen(B, batch)
-    return encode_map(t.data_ptr(), (D, L, heads, batches), (row * size, head, batch))
+    return encode_map(t.data_ptr() & ~15, (D, L, heads, batches), (row * size, head, batch))    # a call writes its own address
 
 # %% ../nbs/08b_warpgroups.ipynb #5504916c
 WGMMA = r'''

@@ -55,6 +55,24 @@ def test_rows_and_columns_in_parts_and_groups_of_heads(D, N, monkeypatch):
         assert torch.equal(a, b)
         torch.testing.assert_close(a.float(), e.float(), atol=3e-2, rtol=2e-2)
 
+def odd(t):
+    "The same numbers in rows that the copy engine can't read, or from an address that it can't begin at"
+    wide = torch.cat([t, t[..., :1]], -1)
+    return wide[..., :-1], wide.flatten()[1:1 + t.numel()].copy_(t.flatten()).view_as(t)
+
+@pytest.mark.parametrize("which", ["expanded", "odd rows", "odd start", "one sequence, one head"])
+def test_views_of_all_kinds(which, L=150, D=64):
+    q, k, v, do = (torch.randn(2, 2, L, D, dtype=torch.bfloat16) for _ in range(4))
+    if which == "expanded": k, v, do = k[:1].expand(2, -1, -1, -1), v[:, :1].expand(-1, 2, -1, -1), do[:1, :1].expand(2, 2, -1, -1)
+    elif which == "one sequence, one head": q, k, v, do = (t[1:, :1] for t in (q, k, v, do))
+    else: q, k, do = (odd(t)[which == "odd start"] for t in (q, k, do))
+    layout, rest = P.local(2).layout(L, block=64), (D**-0.5, None, None)
+    expected = torch_forward(q, k, v, layout, *rest)
+    with emulated_gpu():
+        o, lse = forward_on_gpu(q, k, v, layout, *rest)
+        got = hopper_backward(do, None, q, k, v, *expected, layout, *rest)
+    for a, e in zip((o, lse, *got), (*expected, *torch_backward(do, None, q, k, v, *expected, layout, *rest))): torch.testing.assert_close(a.float(), e.float(), atol=3e-2, rtol=2e-2)
+
 @pytest.mark.parametrize("D, N", [(64, 64), (128, 64)])
 @pytest.mark.parametrize("chunk", [40, 80])
 def test_lists_that_a_loader_reads_in_several_pieces(D, N, chunk, monkeypatch):
