@@ -6,8 +6,8 @@
 __all__ = ['KEPT', 'SHARING', 'BACKWARD_BEGIN', 'BACKWARD_FETCH', 'BACKWARD_STATE', 'BACKWARD_DQ', 'BACKWARD_LOOP',
            'BACKWARD_WEIGHTS', 'BACKWARD_MASK', 'BACKWARD_SUMS', 'BACKWARD_OTHERS', 'BACKWARD_END', 'BACKWARD',
            'COMBINE_COLUMNS', 'FINISH', 'MAIN', 'simulate_columns', 'simulate_backward', 'backward_shared',
-           'backward_tiles', 'backward_parts', 'backward_hash', 'heads_at_once', 'around_kernels', 'backward_kernels',
-           'column_blocks', 'places', 'backward_recipe', 'with_copies', 'backward_call', 'cuda_backward']
+           'backward_tiles', 'backward_parts', 'backward_hash', 'heads_at_once', 'backward_kernels', 'column_blocks',
+           'places', 'backward_recipe', 'with_copies', 'cuda_backward']
 
 # %% ../nbs/08_cuda_backward.ipynb #7a408c6f
 import functools
@@ -454,16 +454,13 @@ def heads_at_once(L: int, D: int, wide: int, device: torch.device) -> int:
     most = max(1, min(wide, caches * torch.cuda.get_device_properties(device).L2_cache_size // (12 * L * D)))
     return -(-wide // -(-wide // most))    # as many groups as with most, and none much smaller than the others
 
-def around_kernels(t: Tile, D: int, N: int, bf16: bool, device: torch.device) -> tuple[Kernel, Kernel]:
-    "What runs before and after a main kernel whose thread blocks have the lists of such a tile"
-    return (cuda_kernel("attention_prepare", PREPARE, D, N, AROUND_TILE, bf16, 0, device, 256), cuda_kernel("attention_finish", FINISH, D, N, t, bf16, 0, device, 256))
-
 @functools.cache
 def backward_kernels(D: int, N: int, bf16: bool, device: torch.device) -> tuple[Tile, Kernel, list[Kernel], Kernel]:
     "The variant for a head dim, block size, type and device: its tile, and the kernels in the order in which they run"
     t = choose_tile(backward_tiles(D, N), backward_shared, D, device)
-    prepare, finish = around_kernels(t, D, N, bf16, device)
-    return t, prepare, [cuda_kernel("attention_backward", MAIN, D, N, t, bf16, backward_shared(t, D), device, part=part) for part in backward_parts(D)], finish
+    def around(name: str, body: str, t: Tile): return cuda_kernel(name, body, D, N, t, bf16, 0, device, 256)
+    mains = [cuda_kernel("attention_backward", MAIN, D, N, t, bf16, backward_shared(t, D), device, part=part) for part in backward_parts(D)]
+    return t, around("attention_prepare", PREPARE, AROUND_TILE), mains, around("attention_finish", FINISH, t)
 
 # %% ../nbs/08_cuda_backward.ipynb #2783be5c
 def column_blocks(plan: Schedule, wide: int, N: int, D: int, device: torch.device) -> int:
@@ -498,10 +495,14 @@ def with_copies(backward, do, dlse, q, k, v, o, *rest) -> tuple[Tensor, Tensor, 
     used = [aligned(t) for t in (q, k, v, o)]
     return tuple(map(as_given, backward(aligned(do), dlse, *used, *rest), (q, k, v), used))
 
-def backward_call(make, do, dlse, q, k, v, o, lse, layout: BlockLayout, scale: float, segments, kv_lengths) -> tuple[Tensor, Tensor, Tensor]:    # as `cuda_backward`
-    "Gradients of block-sparse attention by the kernels of a recipe, which `make` makes"
-    recipe, at = recipe_for(make, layout, segments is not None, q, k, v, o, do), [t.data_ptr() for t in (q, k, v, o, do)]
-    if not recipe.takes(at): return with_copies(functools.partial(backward_call, make), do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths)
+def cuda_backward(
+    do: Tensor, dlse: Tensor | None,         # gradients of o [B, H, L, D] and of lse [B, H, L]
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    layout: BlockLayout, scale: float, segments, kv_lengths,
+) -> tuple[Tensor, Tensor, Tensor]:          # dq, dk, dv like q, k, v
+    "Gradients of block-sparse attention by the CUDA kernels; the same bits in every run"
+    recipe, at = recipe_for(backward_recipe, layout, segments is not None, q, k, v, o, do), [t.data_ptr() for t in (q, k, v, o, do)]
+    if not recipe.takes(at): return with_copies(cuda_backward, do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths)
     kept, masks = masks_for(recipe, layout, segments, kv_lengths, q.shape[0])
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -512,11 +513,3 @@ def backward_call(make, do, dlse, q, k, v, o, lse, layout: BlockLayout, scale: f
     recipe.launch(scale, masks, *at, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
                   start + sizes["rows"], start + sizes["bounds"], start + sizes["dq_sum"], start + sizes["partial"])
     return dq, dk, dv
-
-def cuda_backward(
-    do: Tensor, dlse: Tensor | None,         # gradients of o [B, H, L, D] and of lse [B, H, L]
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    layout: BlockLayout, scale: float, segments, kv_lengths,
-) -> tuple[Tensor, Tensor, Tensor]:          # dq, dk, dv like q, k, v
-    "Gradients of block-sparse attention by the CUDA kernels; the same bits in every run"
-    return backward_call(backward_recipe, do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths)

@@ -141,8 +141,8 @@ static void fence() {
   for (u32 i : now->stored) if (places[i].by == now) places[i] = {};
   now->stored.clear();
 }
-static void carry_out(std::vector<Copy>& copies) {
-  for (auto& c : copies) { char* to = place(c.to, c.bytes); memset(to, 0, c.bytes); memcpy(to, c.from, c.there); written(c.to, nullptr); }
+static void carry_out(std::vector<Copy>& copies, bool by_engine = false) {
+  for (auto& c : copies) { char* to = place(c.to, c.bytes); memset(to, 0, c.bytes); memcpy(to, c.from, c.there); if (by_engine) places[c.to / 16] = {}; else written(c.to, nullptr); }
   copies.clear();
 }
 static void copy_async(u32 to, const void* from, int bytes, int there) { now->copies.back().push_back({to, (const char*)from, bytes, there}); }
@@ -193,7 +193,7 @@ static void carry_out_one() {
   if (f.copies.size() > 1) carry_out_oldest(f);
   if (pending.empty()) return;
   const u32 i = dice(pending.size()); Pending p = pending[i];
-  pending.erase(pending.begin() + i); carry_out(p.copies); if (p.bytes) came(p.barrier, p.bytes); else arrive(p.barrier);
+  pending.erase(pending.begin() + i); carry_out(p.copies, p.bytes); if (p.bytes) came(p.barrier, p.bytes); else arrive(p.barrier);
 }
 static u32 await(u32 at, u32 phase) { wait_until([=] { return counter(at)->phase != phase; }); perhaps_let_others(); return 1; }
 '''

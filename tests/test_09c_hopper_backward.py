@@ -43,7 +43,7 @@ def test_the_source_computes_gradients_on_a_cpu(kind, dtype, about):
     with emulated_gpu(): check_attention(as_function(torch_forward, hopper_backward), q, k, v, layout, **kw)
 
 @pytest.mark.parametrize("D, N", COLUMN_TILES)
-def test_rows_and_columns_in_parts_and_groups_of_heads(D, N, monkeypatch):
+def test_rows_and_columns_in_parts(D, N, monkeypatch):
     "Long lists; and the same bits in another order of events"
     monkeypatch.setitem(make_plan.__globals__, "chunk_size", lambda *about: 2)
     layout = (P.strided(3) | P.local(1)).layout(5 * N - 5, block=N)
