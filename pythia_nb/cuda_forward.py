@@ -490,7 +490,7 @@ def forward_recipe(
     layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor,
     kernels=None,          # others than `forward_kernels`
     stay: bool = False,    # do thread blocks stay, one on each multiprocessor, and take job after job?
-    map_of=None,           # makes a map of a tensor, for kernels that need it
+    map_of=None,           # makes a map of a tensor for boxes of so many rows, for kernels that need it
 ) -> Recipe:
     "All that calls with such tensors share"
     (B, H, L, D), N, device = q.shape, layout.block, q.device
@@ -499,7 +499,7 @@ def forward_recipe(
     plan = make_plan(layout, False, t, wide, device)
     jobs = plan.max_items * wide * t.parts(N)
     return forward_recipe_of(layout, untrusted, q, k, v, plan, partial_rows(plan, wide, N), kernel, min(jobs, multiprocessors(device)) if stay else jobs,
-                             combine, combine_blocks(plan, wide, N, D, device), heads_at_once=wide, maps=map_of and {"q": map_of(q), "k": map_of(k), "v": map_of(v)})
+                             combine, combine_blocks(plan, wide, N, D, device), heads_at_once=wide, maps=map_of and {name: map_of(x, min(N, t.BN)) for name, x in (("q", q), ("k", k), ("v", v))})
 
 # %% ../nbs/07_cuda_forward.ipynb #695fb091
 def cuda_forward(

@@ -328,7 +328,7 @@ def side_recipe(
     columns: bool, layout: BlockLayout, untrusted: bool, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor,
     kernels=None,             # makes tile, kernel and the one that combines parts; None: those of this chapter
     stay: bool = False,       # do thread blocks stay, one on each multiprocessor, and take job after job?
-    map_of=None,              # makes a map of a tensor, for kernels that need it
+    map_of=None,              # makes a map of a tensor for boxes of so many rows, for kernels that need it
     rounds: int = 0,          # as for `chunk_size`
 ) -> Recipe:
     "All that calls with such tensors share, for rows or for columns"
@@ -342,7 +342,7 @@ def side_recipe(
     params = pack_params(plan, layout, 0, MASKS, untrusted, q, k, v, o=o, dout=do, **like, heads_at_once=wide)
     launches = [(kernel, min(jobs, multiprocessors(device)) if stay else jobs), (combine, (column_blocks if columns else combine_blocks)(plan, wide, N, D, device))]
     fields = "q k v dout dk dv rows bounds partial" if columns else "q k v o dout dq lse dlse rows bounds partial"
-    maps = map_of and {name: map_of(x) for name, x in zip(("q", "k", "v", "dout", "o"), (q, k, v, do, o)) if name in fields.split()}
+    maps = map_of and {name: map_of(x, min(N, t.BN)) for name, x in zip(("q", "k", "v", "dout", "o"), (q, k, v, do, o)) if name in fields.split()}
     return Recipe(fields, params, plan, launches, all(in_steps(x.stride(), 2) for x in (q, k, v, o, do)), maps, parts=4 * gradients * n * D, **places(counter=4, rows=16 * B * H * L, partial=0))
 
 SMALL_RECIPES = functools.partial(side_recipe, False), functools.partial(side_recipe, True)    # for dq, for dk and dv; made once: calls are remembered by who makes their recipe

@@ -165,15 +165,15 @@ static void came(u32 at, int bytes) {
   if (c->bytes < (u32)bytes / 16) { fail("bytes came that no barrier expects"); return; }
   c->bytes -= bytes / 16; perhaps_over(c);
 }
-// The copy engine. A map here: address, four sizes, three strides in bytes
-static void copy_box(u32 to, const u64* map, u32 at, int column, int row, int h, int b) {
-  Pending p{{}, at, 64 * 128};
+// The copy engine. A map here: address, five sizes, four strides in bytes, rows and panels of a box
+static void copy_box(u32 to, const u64* map, u32 at, int column, int row, int panel, int h, int b) {
+  const int rows = map[10], panels = map[11]; Pending p{{}, at, rows * panels * 128};
   if (to % 1024) fail("a box goes to an address that is no multiple of 1024");
-  for (int r = 0; r < 64; r++)
+  for (int r = 0; r < rows * panels; r++)
     for (int chunk = 0; chunk < 8; chunk++) {
-      const u64 x[4] = {(u64)column + chunk * 8, (u64)(i64)(row + r), (u64)h, (u64)b}; bool there = true;
-      for (int i = 0; i < 4; i++) there &= x[i] < map[1 + i];
-      const char* from = (const char*)map[0] + x[0] * 2 + x[1] * map[5] + x[2] * map[6] + x[3] * map[7];
+      const u64 x[5] = {(u64)column + chunk * 8, (u64)(i64)(row + r % rows), (u64)panel + r / rows, (u64)h, (u64)b}; bool there = true;
+      for (int i = 0; i < 5; i++) there &= x[i] < map[1 + i];
+      const char* from = (const char*)map[0] + x[0] * 2 + x[1] * map[6] + x[2] * map[7] + x[3] * map[8] + x[4] * map[9];
       p.copies.push_back({to + r * 128 + ((chunk ^ r % 8) << 4), there ? from : (const char*)map, 16, there ? 16 : 0});
     }
   pending.push_back(p); perhaps_let_others();
@@ -183,8 +183,8 @@ static void copy_bulk(u32 to, const void* from, int bytes, u32 at) {
   for (int i = 0; i < bytes; i += 16) p.copies.push_back({to + i, (const char*)from + i, 16, 16});
   pending.push_back(p); perhaps_let_others();
 }
-static void arrive_when_copied(u32 at) {
-  Pending p{{}, at};
+static void count_copies(u32 at) {
+  Pending p{{}, at}; made_counter(at)->missing++;
   for (auto& group : now->copies) p.copies.insert(p.copies.end(), group.begin(), group.end());
   now->copies.assign(1, {}); pending.push_back(p); perhaps_let_others();
 }
@@ -422,7 +422,7 @@ MACHINE = FIBERS + MEETINGS + COPIES + REGISTERS + NUMBERS + FRAGMENTS + WARPGRO
 # %% ../nbs/09a_emulator.ipynb #2b6327e6
 PTX = {
     "": "",
-    "mov.u32 %0, %%tid.x;": "%0 = gpu::now->thread", "ld.global.s32 %0, [%1];": "%0 = *(%1)", "prefetch.global.L1 [%0];": "", "createpolicy.fractional.L2::evict_last.b64 %0, 1.0;": "%0 = 0", "red.global.add.L2::cache_hint.s32 [%0], %1, %2;": "*(%0) += %1",
+    "mov.u32 %0, %%tid.x;": "%0 = gpu::now->thread", "{.reg .u64 a; mad.wide.s32 a, %2, 4, %1; ld.global.s32 %0, [a];}": "%0 = (%1)[%2]", "prefetch.global.L1 [%0];": "", "createpolicy.fractional.L2::evict_last.b64 %0, 1.0;": "%0 = 0", "red.global.add.L2::cache_hint.s32 [%0], %1, %2;": "*(%0) += %1",
     "mad.wide.s32 %0, %1, %2, %3;": "%0 = (i64)(%1) * (%2) + (u64)(%3)",
     "ex2.approx.ftz.f32 %0, %1;": "%0 = exp2f(%1)", "rcp.approx.ftz.f32 %0, %1;": "%0 = 1 / (%1)", "lg2.approx.f32 %0, %1;": "%0 = log2f(%1)",
     "cvt.rn.bf16x2.f32 %0, %1, %2;": "%0 = gpu::to_16(%1, true) << 16 | gpu::to_16(%2, true)", "cvt.rn.f16x2.f32 %0, %1, %2;": "%0 = gpu::to_16(%1, false) << 16 | gpu::to_16(%2, false)",
@@ -438,9 +438,9 @@ PTX = {
     "bar.sync %0, %1;": "gpu::sync(%0, %1)", "bar.sync %0, #;": "gpu::sync(%0, #)", "bar.arrive %0, #;": "gpu::arrive_at(%0, #)",
     "mbarrier.init.shared.b64 [%0], %1;": "gpu::init_counter(%0, %1)", "{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}": "gpu::arrive(%0), gpu::perhaps_let_others()",
     "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;": "gpu::expect(%0, %1)",
-    "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];": "gpu::copy_box(%0, (const u64*)(%1), %2, %3, %4, %5, %6)",
+    "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];": "gpu::copy_box(%0, (const u64*)(%1), %2, %3, %4, %5, %6, %7)",
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];": "gpu::copy_bulk(%0, %1, %2, %3)",
-    "cp.async.mbarrier.arrive.noinc.shared.b64 [%0];": "gpu::arrive_when_copied(%0)",
+    "cp.async.mbarrier.arrive.shared.b64 [%0];": "gpu::count_copies(%0)",
     "{.reg .pred over; mbarrier.try_wait.parity.shared.b64 over, [%1], %2; selp.u32 %0, 1, 0, over;}": "%0 = gpu::await(%1, %2)",
     "fence.proxy.async.shared::cta;": "gpu::fence()", "wgmma.fence.sync.aligned;": "gpu::now->touched = false", "wgmma.commit_group.sync.aligned;": "gpu::commit_products()", "wgmma.wait_group.sync.aligned %0;": "gpu::wait_products(%0)",
     "setmaxnreg.dec.sync.aligned.u32 %0;": "gpu::give_registers(%0)", "setmaxnreg.inc.sync.aligned.u32 %0;": "gpu::take_registers(%0)",
@@ -534,10 +534,10 @@ def launcher(source: str, name: str):
 # %% ../nbs/09a_emulator.ipynb #cd6a4c2d
 MULTIPROCESSORS = 3    # of the emulated GPU, which otherwise is an H200 with a small cache
 
-def emulated_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> bytes:    # as `encode_map`
+def emulated_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:    # as `encode_map`
     "What the emulated copy engine knows of a tensor; raises RuntimeError for one that the driver would refuse"
     if not all(sizes) or any(x % 16 or not x for x in (address, *strides)): raise RuntimeError(f"no map of a tensor with sizes {sizes} and strides of {strides} bytes at {address:#x}")
-    return struct.pack("8Q64x", address, *sizes, *strides)
+    return struct.pack("12Q32x", address, *sizes, *strides, *box[1:])
 
 @contextlib.contextmanager
 def emulated_gpu(

@@ -17,7 +17,7 @@ from torch import Tensor
 from .cuda_backward import COMBINE_COLUMNS
 from .cuda_basics import Kernel
 from .cuda_forward import cuda_kernel
-from .cuda_hopper import ADD_VALUES, COPY_ROWS, OTHER_DOCUMENT, RING, STORE_DIRECT, takes_hopper, team_source
+from .cuda_hopper import ADD_VALUES, COPY_ROWS, LIST, OTHER_DOCUMENT, RING, STORE_DIRECT, takes_hopper, team_source
 from .cuda_small_backward import COMBINE_ALL, COMBINE_ROWS, backward_by_block, backward_in_two, side_recipe
 from .exact_sums import AROUND_TILE
 from .hopper_rows import BACKWARD_LOADER, BACKWARD_ROLES, BACKWARD_TEAM, HEAD, ROW_STEPS, ROW_TILES, STORE_GRADIENTS, BackwardTile, row_recipe, row_source
@@ -32,33 +32,52 @@ __device__ __forceinline__ void plan_column(const Params& p, Job& job) {
   job.start = job.end = job.tiles = 0;
   if (number >= p.counts[0] * wide(p) * PARTS) { job.at = -1; return; }
   find_work(p, job, number, 0);
-  job.keys = key_count(p, job.b); job.tiles = (job.end - job.start) * (N / BN);
+  job.keys = key_count(p, job.b); job.tiles = tiles_of_list(job);
+}
+// What the rows found of a tile's queries, as `copy_entries`. Zeros where there is no query: then q and dO are zero too, and so is dS
+__device__ __forceinline__ void copy_scalars(u32 dst, u32 full, const float4* rows, int count, int x) {
+  const u32 lane = thread_now() % 32;
+  const bool whole = x >= 0 && x + NE <= count;
+  if (lane < E && whole) { expect(full, NE * 16); copy_bulk(dst + lane * NE * 16, rows + x, NE * 16, full); }
+  const u32 mine = __ballot_sync(~0u, !whole) & ((1 << E) - 1);
+  if (!mine) return;
+  #pragma unroll 1
+  for (u32 rest = mine; rest; rest &= rest - 1) {
+    const int e = __ffs(rest) - 1, from = __shfl_sync(~0u, x, e);
+    #pragma unroll 1
+    for (int r = lane; r < NE; r += 32) { const bool there = (u32)(from + r) < (u32)count; copy_async(dst + (e * NE + r) * 16, rows + (there ? from + r : 0), there); }
+  }
+  count_copies(full); __syncwarp();    // before the first thread arrives
 }
 __device__ __forceinline__ void load_team(const Launch& all, Head& head) {
   const Params& p = all.p;
   Loader loader{all, head, 0};
+  auto look_ahead = [&]() { loader.look_ahead([&](Job& job) { plan_column(p, job); }); };
+  look_ahead();
   #pragma unroll 1
   for (u32 j = 0;; j++) {
-    Job& job = loader.next_job(j, [&](Job& job) { plan_column(p, job); });
-    if (job.tiles) {
-      copy_rows<BM>(loader.own(), loader.barriers(), source(all.k, p.k, p.k_b, p.k_h, p.k_l, job.keys, job), job.first);
-      copy_rows<BM>(loader.own() + OWN, loader.barriers(), source(all.v, p.v, p.v_b, p.v_h, p.v_l, job.keys, job), job.first);
+    Job& job = loader.next_job(j);
+    #pragma unroll 1
+    for (int g = 0; g < (job.tiles ? GROUPS : 0); g++) {
+      const int x = own_position(p, job.at, job.first, g * 64 + thread_now() % E * NE, 0);
+      copy_entries(loader.own() + 2 * g * TILE, loader.barriers(), {all.k, p.k, p.k_b, p.k_h, p.k_l, job.keys, p.S, job}, x);
+      copy_entries(loader.own() + 2 * g * TILE + TILE, loader.barriers(), {all.v, p.v, p.v_b, p.v_h, p.v_l, job.keys, p.S, job}, x);
     }
-    loader.arrive_all(loader.barriers());
+    loader.arrive_for_all(loader.barriers());
     if (job.at < 0) break;
     #pragma unroll 1
-    for (int i = 0; i < job.tiles; i++) {
-      const int2 entry = loader.entry_of(job, i);
-      const int x = entry.x + p.first_row * N - p.q_start;
-      const u32 place = loader.place(entry), full = loader.full();
-      copy_rows<BN>(place, full, source(all.q, p.q, p.q_b, p.q_h, p.q_l, p.L, job), x);
-      copy_rows<BN>(place + TILE, full, source(all.dout, p.dout, p.do_b, p.do_h, p.do_l, p.L, job), x);
-      const float4* rows = (const float4*)p.rows + ((i64)job.b * p.H + job.h) * p.L;
-      if (x >= 0 && x + BN <= p.L) { if (loader.first()) { expect(full, BN * 16); copy_bulk(place + 2 * TILE, rows + x, BN * 16, full); } }
-      else    // zeros where there is no query: then q and dO are zero too, and so is dS
-        #pragma unroll 1
-        for (int r = thread_now() % 32; r < BN; r += 32) { const bool there = (u32)(x + r) < (u32)p.L; copy_async(place + 2 * TILE + r * 16, rows + (there ? x + r : 0), there); }
-      loader.sent();
+    for (int i = 0; i < max(job.tiles, 1); i++) {
+      if (job.tiles) {
+        const int2 entry = loader.entry(job, i);
+        const u32 place = loader.place(), full = loader.full();
+        loader.write(entry);
+        const int x = entry.x + p.first_row * N - p.q_start;
+        copy_entries(place, full, {all.q, p.q, p.q_b, p.q_h, p.q_l, p.L, p.L, job}, x);
+        copy_entries(place + TILE, full, {all.dout, p.dout, p.do_b, p.do_h, p.do_l, p.L, p.L, job}, x);
+        copy_scalars(place + 2 * TILE, full, (const float4*)p.rows + ((i64)job.b * p.H + job.h) * p.L, p.L, x);
+        loader.sent();
+      }
+      if (i == look_at(job)) look_ahead();    // while the team is at work
     }
   }
   commit(); wait<0>();    // no thread ends while a copy of its own is on its way
@@ -72,16 +91,18 @@ extern "C" __global__ void __launch_bounds__(TEAMS * THREADS + 128, 1) attention
 COLUMN_JOB = r'''
   #pragma unroll 1
   for (u32 j = 0;; j++) {
-  const u32 k_tile = own_at + group * 64 * 128, v_tile = k_tile + OWN;
   await(barriers, j & 1);
-  const Job& w = team.jobs[j & 1];
+  Job& w = team.taken[warp % WARPS];
+  take_job(w, team.jobs[j & 1]);
   if (w.at < 0) break;
+  if constexpr (G > 1) { if (thread_now() % 32 == 0) w.first = own_position(p, w.at, w.first, row0, 0) - row0; __syncwarp(); }    // in the warp's own copy: the lists of a group need not be neighbours
+  const u32 k_tile = uniform(own_at + group * 2 * TILE), v_tile = k_tile + TILE;
   float dk[1][DT][4], dv[1][DT][4];
   fill(dk, 0.f); fill(dv, 0.f);
   #pragma unroll 1
   for (int left = w.tiles; left > 0; left--, ring.turn()) {
-    const u32 full = barriers + 16 + ring.stage * 8, q_tile = uniform(own_at + 2 * OWN + ring.stage * PLACE), do_tile = q_tile + TILE;
-    const float4* scalar = (const float4*)((const char*)shared + HEAD + which * TEAM_BYTES + 2 * OWN + ring.stage * PLACE + 2 * TILE);    // lse, in base 2, and delta
+    const u32 full = barriers + 16 + ring.stage * 8, q_tile = uniform(own_at + OWN + ring.stage * PLACE), do_tile = q_tile + TILE;
+    const float4* scalar = (const float4*)((const char*)shared + HEAD + which * TEAM_BYTES + OWN + ring.stage * PLACE + 2 * TILE);    // lse, in base 2, and delta
     await(full, ring.phase); fence_copies();
 '''
 
@@ -90,10 +111,10 @@ COLUMN_SCORES = r'''
     float s[1][NT][4], dp[1][NT][4];
     wgmma_fence();
     #pragma unroll
-    for (int ks = 0; ks < KS; ks++) wgmma_scores(s, row_steps(k_tile, BM, ks), row_steps(q_tile, BN, ks), ks > 0);
+    for (int ks = 0; ks < KS; ks++) wgmma_scores(s, row_steps(k_tile, ks), row_steps(q_tile, ks), ks > 0);
     wgmma_commit();
     #pragma unroll
-    for (int ks = 0; ks < KS; ks++) wgmma_scores(dp, row_steps(v_tile, BM, ks), row_steps(do_tile, BN, ks), ks > 0);
+    for (int ks = 0; ks < KS; ks++) wgmma_scores(dp, row_steps(v_tile, ks), row_steps(do_tile, ks), ks > 0);
     wgmma_commit();
     wgmma_wait<1>();
     pin(s);
@@ -110,23 +131,30 @@ COLUMN_SCORES = r'''
 
 # %% ../nbs/09c_hopper_backward.ipynb #64eaba6b
 COLUMN_MASK = r'''
-    const int2 entry = team.entries[ring.stage];
-    if (p.untrusted || !(entry.y >> 8 & 1) || w.first + group * 64 + 64 > w.keys) {
-      const int base = entry.x + p.first_row * N;
+    const int2 (&entries)[E] = team.entries[ring.stage]; bool masked = p.untrusted;
+    #pragma unroll
+    for (int e = 0; e < E; e++) masked |= !(E == 1 || entries[e].y >> list & 1) || !(entries[e].y >> (8 + list) & 1);
+    if (masked || w.first + row0 + 16 > w.keys) {
+      int base[E];    // the first query of each entry
+      #pragma unroll
+      for (int e = 0; e < E; e++) base[e] = E == 1 || entries[e].y >> list & 1 ? entries[e].x + p.first_row * N : NONE;
       #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int lane = thread_now() % 32, key = w.first + row0 + lane / 4 + half * 8, column = lane % 4 * 2, first = key >= w.keys ? 0x7fffffff : p.causal ? key - base - column : -1;
+        const int lane = thread_now() % 32, key = w.first + row0 + lane / 4 + half * 8, column = lane % 4 * 2, first = (key >= w.keys ? -NONE - 1 : p.causal ? key : NONE / 2) - column;
         #pragma unroll
-        for (int j = 0; j < NT; j++)
+        for (int j = 0; j < NT; j++) {
+          const int least = first - base[j * 8 / NE];
           #pragma unroll
-          for (int e = 0; e < 2; e++) if (j * 8 + e < first) s[0][j][half * 2 + e] = 0.f;
+          for (int e = 0; e < 2; e++) if (j * 8 % NE + e < least) s[0][j][half * 2 + e] = 0.f;
+        }
         if (p.q_ids) {
-          const int b = w.b, id = key_id(p, b, key), x = base - p.q_start + column;
-          const int* ids = p.q_ids + (i64)b * p.L + x;
+          const int b = w.b, id = key_id(p, b, key); const int* ids = p.q_ids + (i64)b * p.L;
           #pragma unroll
-          for (int j = 0; j < NT; j++)
+          for (int j = 0; j < NT; j++) {
+            const int x = base[j * 8 / NE] + j * 8 % NE - p.q_start + column;
             #pragma unroll
-            for (int e = 0; e < 2; e++) if (other_document(ids + j * 8 + e, (u32)(x + j * 8 + e) < (u32)p.L, id)) s[0][j][half * 2 + e] = 0.f;
+            for (int e = 0; e < 2; e++) if (other_document(ids, x + e, (u32)(x + e) < (u32)p.L, id)) s[0][j][half * 2 + e] = 0.f;
+          }
         }
       }
     }
@@ -167,7 +195,7 @@ COLUMN_END = r'''
   release(barriers + 8);
   if (slot >= 0) {
     store_partial(dk, p.partial + place, row0, p.scale);
-    store_partial(dv, p.partial + (i64)p.slots * N * D * wide(p) + place, row0, 1.f);
+    store_partial(dv, p.partial + (i64)p.slots * (N * G) * D * wide(p) + place, row0, 1.f);
   } else {
     store_direct(dk, out_k, p.dk_l, y0, p.S, p.scale);
     store_direct(dv, out_v, p.dv_l, y0, p.S, 1.f);
@@ -177,13 +205,13 @@ COLUMN_END = r'''
 '''
 
 # %% ../nbs/09c_hopper_backward.ipynb #b6629488
-COLUMNS = ("constexpr int PLACE = 2 * BN * D * 2 + BN * 16;\n" + BARRIERS + COPY_ENGINE + RING + BACKWARD_TEAM + COPY_ROWS + BACKWARD_LOADER + COLUMN_LOADER + ADD_VALUES + OTHER_DOCUMENT
+COLUMNS = ("constexpr int PLACE = 2 * BN * D * 2 + BN * 16;\n" + BARRIERS + COPY_ENGINE + RING + BACKWARD_TEAM + COPY_ROWS + LIST + BACKWARD_LOADER + COLUMN_LOADER + ADD_VALUES + OTHER_DOCUMENT
            + STORE_DIRECT + STORE_GRADIENTS + ROW_STEPS + COLUMN_BEGIN + COLUMN_JOB + COLUMN_SCORES + COLUMN_MASK + COLUMN_SUMS + COLUMN_END)
 
 # %% ../nbs/09c_hopper_backward.ipynb #43186b1b
 COLUMN_TILES = {    # (D, N) -> shape
-    (64, 64): BackwardTile(3, 64, 64, 3, 160, 32), (64, 128): BackwardTile(3, 64, 64, 3, 160, 32),
-    (128, 64): BackwardTile(2, 64, 64, 2, 232, 40), (128, 128): BackwardTile(1, 128, 64, 4, 232, 40),
+    **{(64, N): BackwardTile(3, 64, 64, 3, 160, 32) for N in (16, 32, 64, 128)},
+    **{(128, N): BackwardTile(2, 64, 64, 2, 232, 40) for N in (16, 32, 64)}, (128, 128): BackwardTile(1, 128, 64, 4, 232, 40),
 }
 
 def column_shared(t: BackwardTile, D: int) -> int:
@@ -213,7 +241,7 @@ HOPPER_RECIPES = row_recipe, column_recipe    # made once: calls are remembered 
 def hopper_backward(
     do: Tensor, dlse: Tensor | None,         # gradients of o [B, H, L, D] and of lse [B, H, L]
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,    # head dim 64 or 128, bf16 or fp16
-    layout: BlockLayout, scale: float, segments, kv_lengths,    # blocks of 64 or 128
+    layout: BlockLayout, scale: float, segments, kv_lengths,
 ) -> tuple[Tensor, Tensor, Tensor]:          # dq, dk, dv like q, k, v
     "Gradients of block-sparse attention by the kernels for compute capability 9.0; the same bits in every run"
     return backward_in_two(HOPPER_RECIPES, do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths)

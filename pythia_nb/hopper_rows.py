@@ -15,24 +15,31 @@ import torch
 
 from .cuda_basics import Kernel
 from .cuda_forward import cuda_kernel
-from .cuda_hopper import ADD_VALUES, COPY_ROWS, OTHER_DOCUMENT, PLAN_JOB, RING, STORE_DIRECT, HopperTile, team_source
+from .cuda_hopper import ADD_VALUES, COPY_ROWS, HIDE_PAIRS, LIST, OTHER_DOCUMENT, PLAN_JOB, RING, STORE_DIRECT, HopperTile, team_source
 from .cuda_small_backward import COMBINE_ROWS, side_recipe
 from .exact_sums import AROUND_TILE
 from .warpgroups import BARRIERS, COPY_ENGINE, tensor_map
 
 # %% ../nbs/09b_hopper_rows.ipynb #749387da
 BACKWARD_TEAM = r'''
-constexpr int TILE = BN * D * 2, OWN = BM * D * 2, TEAM_BYTES = 2 * OWN + STAGES * PLACE, PANELS = D / 64, GROUPS = BM / 64;    // GROUPS: a team's warpgroups
-struct Job : Work { int keys, tiles; };    // keys that exist, tiles of the list
-struct Team { u64 own_full, own_empty, full[STAGES], empty[STAGES]; Job jobs[2]; int2 entries[STAGES]; float lse[BM], dlse[BM]; };    // an entry here: where its first row or key lies, and the bits
-struct Head { Team teams[TEAMS]; int2 some[TEAMS][32]; int next; };    // some: what a loader warp read of its list; next: how many jobs were taken
+constexpr int TILE = BN * D * 2, PANELS = D / 64, GROUPS = BM / 64, OWN = 2 * GROUPS * TILE, TEAM_BYTES = OWN + STAGES * PLACE;    // GROUPS: a team's warpgroups; OWN: bytes of the rows that they own
+constexpr int WINDOW = 16;                       // entries that a loader warp reads at once
+struct Job : Work { int keys, tiles, side; };    // keys that exist, tiles of the list, where the loader has its entries
+struct Team {
+  u64 own_full, own_empty, full[STAGES], empty[STAGES];
+  Job jobs[2], ahead, taken[WARPS];            // ahead: the next job; taken: a warp's copy
+  int2 entries[STAGES][E], some[2][WINDOW];    // of a tile: where the first row or key of each entry lies, and the bits; what the loader read of its lists
+  float lse[BM], dlse[BM];
+};
+struct Head { Team teams[TEAMS]; int next; };    // next: how many jobs were taken
 static_assert(sizeof(Head) <= HEAD && HEAD % 1024 == 0, "tiles start at multiples of 1024 bytes");
 static_assert(BN == 64, "a tile has as many rows as a warpgroup");
 __device__ __forceinline__ void make_barriers(Head& head) {
   for (int i = 0; i < TEAMS; i++) {
-    const u32 barriers = smem_address(head.teams + i);
-    barrier_init(barriers, 33); barrier_init(barriers + 8, WARPS);
-    for (int s = 0; s < STAGES; s++) { barrier_init(barriers + 16 + s * 8, 33); barrier_init(barriers + 16 + (STAGES + s) * 8, WARPS); }
+    Team& team = head.teams[i];
+    team.ahead.side = 0;
+    barrier_init(smem_address(&team.own_full), 1); barrier_init(smem_address(&team.own_empty), WARPS);
+    for (int s = 0; s < STAGES; s++) { barrier_init(smem_address(&team.full[s]), 1); barrier_init(smem_address(&team.empty[s]), WARPS); }
   }
 }
 '''
@@ -43,32 +50,27 @@ struct Loader {
   const Launch& all; Head& head; u32 turns;    // turns: places of the ring so far
   __device__ __forceinline__ int which() const { return thread_now() / 32 - TEAMS * WARPS; }
   __device__ __forceinline__ bool first() const { return thread_now() % 32 == 0; }
-  __device__ __forceinline__ u32 own() const { return smem_address(&head) + HEAD + which() * TEAM_BYTES; }
+  __device__ __forceinline__ Team& team() const { return head.teams[which()]; }
   __device__ __forceinline__ u32 barriers() const { return smem_address(head.teams + which()); }    // own_full, own_empty, full, empty
   __device__ __forceinline__ u32 full() const { return barriers() + 16 + turns % STAGES * 8; }
-  __device__ __forceinline__ void arrive_all(u32 barrier) const { arrive_when_copied(barrier); if (first()) arrive(barrier); }    // the first thread arrives for what it wrote itself
-  __device__ __forceinline__ u32 place(int2 entry) {
-    await(full() + STAGES * 8, turns / STAGES & 1 ^ 1);
-    if (first()) head.teams[which()].entries[turns % STAGES] = entry;
-    return own() + 2 * OWN + turns % STAGES * PLACE;
-  }
-  __device__ __forceinline__ void sent() { arrive_all(full()); turns++; }
-  // The entry of a tile; a warp reads 32 of a list at once
-  __device__ __forceinline__ int2 entry_of(const Job& job, int tile) const {
-    const int e = tile / (N / BN), lane = thread_now() % 32;
-    int2 (&some)[32] = head.some[which()];
-    if (e % 32 == 0 && tile % (N / BN) == 0) { __syncwarp(); some[lane] = all.p.entries[job.start + min(e + lane, job.end - job.start - 1)]; __syncwarp(); }    // before: a lane that is ahead must not overwrite what another still reads
-    int2 entry = some[e % 32];
-    entry.x = entry.x * N + tile % (N / BN) * BN;
-    return entry;
-  }
-  template <typename Plan> __device__ __forceinline__ Job& next_job(u32 j, Plan plan) {
-    Job& job = head.teams[which()].jobs[j & 1];
-    if (first()) plan(job);
-    await(barriers() + 8, j & 1 ^ 1);    // only then is there room for it: the search runs beside the last job
+  __device__ __forceinline__ u32 own() const { return smem_address(&head) + HEAD + which() * TEAM_BYTES; }
+  __device__ __forceinline__ u32 place() const { await(full() + STAGES * 8, turns / STAGES & 1 ^ 1); return own() + OWN + turns % STAGES * PLACE; }
+  __device__ __forceinline__ void arrive_for_all(u32 barrier) const { __syncwarp(); if (first()) arrive(barrier); }    // the first thread arrives for what the warp wrote and expects, and runs ahead of no other
+  __device__ __forceinline__ void sent() { arrive_for_all(full()); turns++; }
+  template <typename Plan> __device__ __forceinline__ void look_ahead(Plan plan) {    // the next job and its first entries
+    Job& ahead = team().ahead;
+    if (first()) { plan(ahead); ahead.side ^= 1; }
     __syncwarp();
+    read_list(all.p, team().some[ahead.side], ahead, 0);
+  }
+  __device__ __forceinline__ Job& next_job(u32 j) {
+    await(barriers() + 8, j & 1 ^ 1);    // only then is there room for it
+    Job& job = team().jobs[j & 1];
+    take_job(job, team().ahead);
     return job;
   }
+  __device__ __forceinline__ int2 entry(const Job& job, int tile) const { return entry_of(all.p, team().some[job.side], job, tile); }
+  __device__ __forceinline__ void write(int2 entry) const { if (thread_now() % 32 < E) team().entries[turns % STAGES][thread_now() % 32] = entry; }
 };
 '''
 
@@ -77,33 +79,46 @@ ROW_LOADER = r'''
 __device__ __forceinline__ void load_team(const Launch& all, Head& head) {
   const Params& p = all.p;
   Loader loader{all, head, 0};
+  auto look_ahead = [&]() { loader.look_ahead([&](Job& job) { plan_job(p, job, atomicAdd(&head.next, 1)); }); };
+  look_ahead();
   #pragma unroll 1
   for (u32 j = 0;; j++) {
-    Job& job = loader.next_job(j, [&](Job& job) { plan_job(p, job, atomicAdd(&head.next, 1)); });
-    Team& team = head.teams[loader.which()];
+    Job& job = loader.next_job(j);
+    const int x = job.first - p.q_start;
     if (job.tiles) {
-      const int x = job.first - p.q_start;
-      copy_rows<BM>(loader.own(), loader.barriers(), source(all.q, p.q, p.q_b, p.q_h, p.q_l, p.L, job), x);
-      copy_rows<BM>(loader.own() + OWN, loader.barriers(), source(all.dout, p.dout, p.do_b, p.do_h, p.do_l, p.L, job), x);
-      const i64 head_row = ((i64)job.b * p.H + job.h) * p.L;
+      #pragma unroll 1
+      for (int i = 0; i < GROUPS; i++) {
+        copy_rows<BN>(loader.own() + 2 * i * TILE, loader.barriers(), {all.q, p.q, p.q_b, p.q_h, p.q_l, p.L, p.L, job}, x + i * 64);
+        copy_rows<BN>(loader.own() + 2 * i * TILE + TILE, loader.barriers(), {all.dout, p.dout, p.do_b, p.do_h, p.do_l, p.L, p.L, job}, x + i * 64);
+      }
       #pragma unroll 1
       for (int i = thread_now() % 32; i < BM; i += 32) {
-        const i64 row = head_row + max(0, min(x + i, p.L - 1));    // where there is no query, another one's
-        copy_async_4(smem_address(&team.lse[i]), p.lse + row);
-        if (p.dlse) copy_async_4(smem_address(&team.dlse[i]), p.dlse + row);
+        const i64 row = ((i64)job.b * p.H + job.h) * p.L + max(0, min(x + i, p.L - 1));    // where there is no query, another one's
+        copy_async_4(smem_address(&loader.team().lse[i]), p.lse + row);
+        if (p.dlse) copy_async_4(smem_address(&loader.team().dlse[i]), p.dlse + row);
       }
+      count_copies(loader.barriers()); __syncwarp();    // before the first thread arrives
     }
-    loader.arrive_all(loader.barriers());
+    loader.arrive_for_all(loader.barriers());
     if (job.at < 0) break;
     #pragma unroll 1
-    for (int i = job.tiles ? -GROUPS : 0; i < job.tiles; i++) {
-      if (i < 0) { copy_rows<BN>(loader.place(make_int2(0, 0)), loader.full(), source(all.o, p.o, p.o_b, p.o_h, p.o_l, p.L, job), job.first - p.q_start + (i + GROUPS) * 64); loader.sent(); continue; }
-      const int2 entry = loader.entry_of(job, i);
-      #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        copy_rows<BN>(loader.place(entry), loader.full(), half ? source(all.v, p.v, p.v_b, p.v_h, p.v_l, job.keys, job) : source(all.k, p.k, p.k_b, p.k_h, p.k_l, job.keys, job), entry.x);
+    for (int i = 0; i < max(job.tiles, 1); i++) {
+      if (job.tiles) {
+        const int2 entry = loader.entry(job, i);
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const u32 place = loader.place(), full = loader.full();
+          if (half) copy_entries(place, full, {all.v, p.v, p.v_b, p.v_h, p.v_l, job.keys, p.S, job}, entry.x);
+          else { loader.write(entry); copy_entries(place, full, {all.k, p.k, p.k_b, p.k_h, p.k_l, job.keys, p.S, job}, entry.x); }
+          loader.sent();
+        }
+      }
+      #pragma unroll 1
+      for (int g = 0; g < (i == 0 && job.tiles ? GROUPS : 0); g++) {
+        copy_rows<BN>(loader.place(), loader.full(), {all.o, p.o, p.o_b, p.o_h, p.o_l, p.L, p.L, job}, job.first - p.q_start + g * 64);
         loader.sent();
       }
+      if (i == look_at(job)) look_ahead();    // while the team is at work
     }
   }
   commit(); wait<0>();    // no thread ends while a copy of its own is on its way
@@ -126,7 +141,7 @@ BACKWARD_ROLES = r'''
     return;
   }
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGS));
-  const int warp = uniform(threadIdx.x / 32), which = warp / WARPS, row0 = warp % WARPS * 16, group = GROUPS > 1 ? row0 / 64 : 0;
+  const int warp = uniform(threadIdx.x / 32), which = warp / WARPS, row0 = warp % WARPS * 16, group = GROUPS > 1 ? row0 / 64 : 0, list = G > 1 ? row0 / N : 0;
   Team& team = head.teams[which];
   const u32 own_at = smem_address(shared) + HEAD + which * TEAM_BYTES, barriers = smem_address(&team);    // own_full, own_empty, full, empty
   auto release = [&](u32 barrier) { __syncwarp(); if (threadIdx.x % 32 == 0) arrive(barrier); };
@@ -137,15 +152,15 @@ extern "C" __global__ void __launch_bounds__(TEAMS * THREADS + 128, 1) attention
   if (blockIdx.x == 0 && threadIdx.x == 0) all.p.bounds[0] = 0;    // the columns' kernel counts its jobs here
 ''' + BACKWARD_ROLES
 
-# %% ../nbs/09b_hopper_rows.ipynb #6fbe052c
+# %% ../nbs/09b_hopper_rows.ipynb #fec3c92b
 ROW_DELTA = r'''
-// A lane's share of the sum of o · do along a row. O lies in a tile of 64 rows, dO in one of BM
+// A lane's share of the sum of o · do along a row of two tiles
 __device__ __forceinline__ float share_of_delta(const char* o, const char* dout, int row) {
   float sum = 0.f;
   #pragma unroll
   for (int i = 0; i < D / 32; i++) {
-    const int chunk = threadIdx.x % 4 + i % 2 * 4, at = (row % 64) * 128 + ((chunk ^ (row & 7)) << 4);
-    const uint4 x = *(const uint4*)(o + i / 2 * BN * 128 + at), y = *(const uint4*)(dout + i / 2 * BM * 128 + row / 64 * 64 * 128 + at);
+    const int chunk = threadIdx.x % 4 + i % 2 * 4, at = i / 2 * BN * 128 + row * 128 + ((chunk ^ (row & 7)) << 4);
+    const uint4 x = *(const uint4*)(o + at), y = *(const uint4*)(dout + at);
     sum += low(x.x) * low(y.x) + high(x.x) * high(y.x) + low(x.y) * low(y.y) + high(x.y) * high(y.y)
          + low(x.z) * low(y.z) + high(x.z) * high(y.z) + low(x.w) * low(y.w) + high(x.w) * high(y.w);
   }
@@ -158,40 +173,50 @@ ROW_JOB = r'''
   await(barriers, j & 1);
   const Job& w = team.jobs[j & 1];
   if (w.at < 0) break;
-  const u32 q_tile = uniform(own_at + group * 64 * 128), do_tile = q_tile + OWN;
+  const u32 q_tile = uniform(own_at + group * 2 * TILE), do_tile = q_tile + TILE;
   float dq[1][DT][4], lse2[2] = {}, delta[2] = {};
   fill(dq, 0.f);
-  #pragma unroll 1
-  for (int g = 0; g < (w.tiles ? GROUPS : 0); g++) {    // outputs come first, a tile for each warpgroup
-    const u32 full = barriers + 16 + ring.stage * 8;
-    await(full, ring.phase);
-    if (g == group) {
-      const char* own = (const char*)shared + HEAD + which * TEAM_BYTES;
-      #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int row = row0 + frag_row(half * 2), x = w.first - p.q_start + row;
-        const float sum = quad_sum(share_of_delta(own + 2 * OWN + ring.stage * PLACE, own + OWN, row)), lse = team.lse[row];
-        const bool empty = lse == -INFINITY;    // the query sees nothing
-        lse2[half] = empty ? INFINITY : lse * LOG2E; delta[half] = empty ? 0.f : p.dlse ? sum - team.dlse[row] : sum;
-        if (threadIdx.x % 4 == 0 && (u32)x < (u32)p.L) ((float4*)p.rows)[((i64)w.b * p.H + w.h) * p.L + x] = make_float4(lse2[half], delta[half], 0.f, 0.f);
+  auto find_delta = [&]() {
+    #pragma unroll 1
+    for (int g = 0; g < GROUPS; g++) {    // an output for each warpgroup
+      const u32 full = barriers + 16 + ring.stage * 8;
+      await(full, ring.phase);
+      if (g == group) {
+        const char* own = (const char*)shared + HEAD + which * TEAM_BYTES;
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int row = row0 + frag_row(half * 2), x = w.first - p.q_start + row;
+          const float sum = quad_sum(share_of_delta(own + OWN + ring.stage * PLACE, own + group * 2 * TILE + TILE, row % 64)), lse = team.lse[row];
+          const bool empty = lse == -INFINITY;    // the query sees nothing
+          lse2[half] = empty ? INFINITY : lse * LOG2E; delta[half] = empty ? 0.f : p.dlse ? sum - team.dlse[row] : sum;
+          if (threadIdx.x % 4 == 0 && (u32)x < (u32)p.L) ((float4*)p.rows)[((i64)w.b * p.H + w.h) * p.L + x] = make_float4(lse2[half], delta[half], 0.f, 0.f);
+        }
       }
+      release(full + STAGES * 8); ring.turn();
     }
-    release(full + STAGES * 8); ring.turn();
-  }
+  };
   u32 a[BN / 16][1][4], held = 0;    // the last tile's dS, and the barrier of its keys; held = 0 if there was none
 '''
 
-# %% ../nbs/09b_hopper_rows.ipynb #5ec06826
+# %% ../nbs/09b_hopper_rows.ipynb #6468809d
 ROW_TILE = r'''
   #pragma unroll 1
   for (int left = w.tiles; left > 0; left--) {
-    const u32 k_full = barriers + 16 + ring.stage * 8, k_tile = uniform(own_at + 2 * OWN + ring.stage * PLACE);
+    const u32 k_full = barriers + 16 + ring.stage * 8, k_tile = uniform(own_at + OWN + ring.stage * PLACE);
     await(k_full, ring.phase);
-    const int2 entry = team.entries[ring.stage];
+    int base[E]; bool seen = false, masked = p.untrusted;    // the first key of each entry
+    #pragma unroll
+    for (int e = 0; e < E; e++) {
+      const int2 entry = team.entries[ring.stage][e];
+      const bool sees = entry.y >> list & 1;
+      base[e] = E == 1 || sees ? entry.x : LEFT;
+      seen |= sees; masked |= !sees || !(entry.y >> (8 + list) & 1) || entry.x + NE > w.keys;
+    }
     ring.turn();
-    const u32 v_full = barriers + 16 + ring.stage * 8, v_tile = uniform(own_at + 2 * OWN + ring.stage * PLACE), v_phase = ring.phase;
+    const u32 v_full = barriers + 16 + ring.stage * 8, v_tile = uniform(own_at + OWN + ring.stage * PLACE), v_phase = ring.phase;
     ring.turn();
-    if (!(entry.y & 1) || (p.causal && entry.x > w.first + group * 64 + 63)) {
+    if (E == 1 && (!seen || (p.causal && base[0] > w.first + group * 64 + 63))) {
+      if (left == w.tiles) find_delta();
       wgmma_wait<0>(); pin(dq);
       if (held) { release(held); held = 0; }
       release(k_full + STAGES * 8); await(v_full, v_phase); release(v_full + STAGES * 8);
@@ -199,17 +224,18 @@ ROW_TILE = r'''
     }
 '''
 
-# %% ../nbs/09b_hopper_rows.ipynb #f8986e5a
+# %% ../nbs/09b_hopper_rows.ipynb #359f61e0
 ROW_SCORES = r'''
     float s[1][NT][4], dp[1][NT][4];
     await(v_full, v_phase); fence_copies();
     wgmma_fence();
     #pragma unroll
-    for (int ks = 0; ks < KS; ks++) wgmma_scores(s, row_steps(q_tile, BM, ks), row_steps(k_tile, BN, ks), ks > 0);
+    for (int ks = 0; ks < KS; ks++) wgmma_scores(s, row_steps(q_tile, ks), row_steps(k_tile, ks), ks > 0);
     wgmma_commit();
     #pragma unroll
-    for (int ks = 0; ks < KS; ks++) wgmma_scores(dp, row_steps(do_tile, BM, ks), row_steps(v_tile, BN, ks), ks > 0);
+    for (int ks = 0; ks < KS; ks++) wgmma_scores(dp, row_steps(do_tile, ks), row_steps(v_tile, ks), ks > 0);
     wgmma_commit();
+    if (left == w.tiles) find_delta();    // beside the products
     wgmma_wait<1>();
     pin(s); pin(dq);
     if (held) release(held);
@@ -220,33 +246,16 @@ ROW_SCORES = r'''
       for (int e = 0; e < 4; e++) s[0][j][e] = ex2(fmaf(s[0][j][e], c, -lse2[e / 2]));
 '''
 ROW_STEPS = r'''
-// 16 columns of the head dim, of a tile with `rows` rows
-__device__ __forceinline__ u64 row_steps(u32 tile, int rows, int ks) { return descriptor(tile, 0) + ((ks / 4 * rows * 128 + ks % 4 * 32) >> 4); }
+// 16 columns of the head dim, of a tile
+__device__ __forceinline__ u64 row_steps(u32 tile, int ks) { return descriptor(tile, 0) + ((ks / 4 * BN * 128 + ks % 4 * 32) >> 4); }
 '''
 
-# %% ../nbs/09b_hopper_rows.ipynb #848c06dc
-ROW_MASK = r'''
-    if (p.untrusted || !(entry.y >> 8 & 1) || entry.x + BN > w.keys) {
-      #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int query = w.first + row0 + frag_row(half * 2), last = last_key(p, w.keys, query) - entry.x - frag_col(0);
-        #pragma unroll
-        for (int j = 0; j < NT; j++)
-          #pragma unroll
-          for (int e = 0; e < 2; e++) if (j * 8 + e > last) s[0][j][half * 2 + e] = 0.f;
-        if (p.k_ids) {
-          const int b = w.b, id = query_id(p, b, query), shift = entry.x + frag_col(0), there = p.S - shift;
-          const int* ids = p.k_ids + (i64)b * p.S + shift;
-          #pragma unroll
-          for (int j = 0; j < NT; j++)
-            #pragma unroll
-            for (int e = 0; e < 2; e++) if (other_document(ids + j * 8 + e, j * 8 + e < there, id)) s[0][j][half * 2 + e] = 0.f;
-        }
-      }
-    }
-'''
+# %% ../nbs/09b_hopper_rows.ipynb #142ba6d4
+ROW_MASK = """
+    if (masked) hide_pairs(s, 0.f, p, w.b, w.keys, w.first + row0, base);
+"""
 
-# %% ../nbs/09b_hopper_rows.ipynb #358ddc65
+# %% ../nbs/09b_hopper_rows.ipynb #c04339b0
 ROW_SUMS = r'''
     wgmma_wait<0>();
     pin(dp);
@@ -267,7 +276,7 @@ ROW_SUMS = r'''
   if (held) release(held);
 '''
 
-# %% ../nbs/09b_hopper_rows.ipynb #bb042abd
+# %% ../nbs/09b_hopper_rows.ipynb #ee8431ad
 STORE_GRADIENTS = r'''
 // A warp's 16 rows of an accumulator, times `factor`, to rows y0 … of a tensor
 __device__ __forceinline__ void store_direct(const float (&c)[1][DT][4], u16* dst, int stride, int y0, int count, float factor) {
@@ -294,11 +303,11 @@ ROW_END = r'''
 }
 '''
 
-# %% ../nbs/09b_hopper_rows.ipynb #247ec20a
-ROWS = ("constexpr int PLACE = BN * D * 2;\n" + BARRIERS + COPY_ENGINE + RING + BACKWARD_TEAM + COPY_ROWS + COPY_WORDS + BACKWARD_LOADER + PLAN_JOB + ROW_LOADER + ADD_VALUES + OTHER_DOCUMENT
+# %% ../nbs/09b_hopper_rows.ipynb #da07dca1
+ROWS = ("constexpr int PLACE = BN * D * 2;\n" + BARRIERS + COPY_ENGINE + RING + BACKWARD_TEAM + COPY_ROWS + COPY_WORDS + LIST + BACKWARD_LOADER + PLAN_JOB + ROW_LOADER + ADD_VALUES + OTHER_DOCUMENT + HIDE_PAIRS
         + STORE_DIRECT + STORE_GRADIENTS + ROW_STEPS + ROW_DELTA + ROW_BEGIN + ROW_JOB + ROW_TILE + ROW_SCORES + ROW_MASK + ROW_SUMS + ROW_END)
 
-# %% ../nbs/09b_hopper_rows.ipynb #317ff203
+# %% ../nbs/09b_hopper_rows.ipynb #5cef3ed5
 class BackwardTile(NamedTuple):
     "Numbers that fix a variant of a backward kernel"
     TEAMS: int         # teams of a thread block
@@ -310,11 +319,11 @@ class BackwardTile(NamedTuple):
 
     threads, CTAS, group, parts = HopperTile.threads, HopperTile.CTAS, HopperTile.group, HopperTile.parts    # as of the forward kernel's teams
 
-HEAD = {64: 4096, 128: 3072}    # D -> bytes of shared memory before the tiles
+HEAD = {64: 6144, 128: 3072}    # D -> bytes of shared memory before the tiles
 
 ROW_TILES = {    # (D, N) -> shape
-    (64, 64): BackwardTile(3, 64, 64, 7, 160, 32), (64, 128): BackwardTile(3, 64, 64, 7, 160, 32),
-    (128, 64): BackwardTile(2, 64, 64, 5, 216, 72), (128, 128): BackwardTile(1, 128, 64, 9, 216, 72),
+    **{(64, N): BackwardTile(3, 64, 64, 7, 160, 32) for N in (16, 32, 64, 128)},
+    **{(128, N): BackwardTile(2, 64, 64, 5, 216, 72) for N in (16, 32, 64)}, (128, 128): BackwardTile(1, 128, 64, 9, 216, 72),
 }
 
 def row_shared(t: BackwardTile, D: int) -> int:
@@ -325,7 +334,7 @@ def row_source(D: int, N: int, bf16: bool = True) -> str:
     "The whole CUDA source of one variant of the rows' kernel"
     return team_source(D, N, bf16, ROW_TILES[D, N], HEAD[D], ROWS)
 
-# %% ../nbs/09b_hopper_rows.ipynb #f6ef016f
+# %% ../nbs/09b_hopper_rows.ipynb #f7c30d38
 @functools.cache
 def row_kernels(D: int, N: int, bf16: bool, device: torch.device) -> tuple[BackwardTile, Kernel, Kernel]:
     "The variant, compiled when it is first used: its shape, the kernel, and the one that combines parts"

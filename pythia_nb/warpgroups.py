@@ -37,7 +37,8 @@ BARRIERS = r'''
 // A barrier in shared memory counts arrivals; when all have arrived its phase is over, and the next begins
 __device__ __forceinline__ void barrier_init(u32 b, int arrivals) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(b), "r"(arrivals) : "memory"); }
 __device__ __forceinline__ void arrive(u32 b) { asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" :: "r"(b) : "memory"); }
-__device__ __forceinline__ void arrive_when_copied(u32 b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(b) : "memory"); }
+// One more arrival, which is counted and happens when all that the thread has asked to copy so far is there
+__device__ __forceinline__ void count_copies(u32 b) { asm volatile("cp.async.mbarrier.arrive.shared.b64 [%0];" :: "r"(b) : "memory"); }
 __device__ __forceinline__ void await(u32 b, u32 phase) {
   u32 over;
   do asm volatile("{.reg .pred over; mbarrier.try_wait.parity.shared.b64 over, [%1], %2; selp.u32 %0, 1, 0, over;}" : "=r"(over) : "r"(b), "r"(phase) : "memory");
@@ -53,9 +54,9 @@ struct Launch { Params p; Map q, k, v, o, dout; };
 static_assert(sizeof(Params) <= 448, "Python knows where the maps begin");
 // Bytes that are to come before a barrier's phase is over
 __device__ __forceinline__ void expect(u32 b, int bytes) { asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" :: "r"(b), "r"(bytes) : "memory"); }
-// 64 rows of 64 numbers, swizzled, to a multiple of 1024 bytes; rows that are not there become zeros
-__device__ __forceinline__ void copy_box(u32 dst, const Map& map, u32 full, int column, int row, int h, int b) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" :: "r"(dst), "l"(&map), "r"(full), "r"(column), "r"(row), "r"(h), "r"(b) : "memory");
+// As many rows as the map's boxes have, 64 numbers of each or, panel behind panel, all, swizzled, to a multiple of 1024 bytes; rows that are not there become zeros
+__device__ __forceinline__ void copy_box(u32 dst, const Map& map, u32 full, int row, int panel, int h, int b) {
+  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" :: "r"(dst), "l"(&map), "r"(full), "r"(0), "r"(row), "r"(panel), "r"(h), "r"(b) : "memory");
 }
 // Bytes that lie together, from and to multiples of 16
 __device__ __forceinline__ void copy_bulk(u32 dst, const void* src, int bytes, u32 full) {
@@ -69,26 +70,33 @@ def map_encoder():
     "The driver's function that makes maps"
     return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
 
-def encode_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> bytes:    # numbers of D, rows, heads, batch; bytes between rows, heads, sequences
-    "A map of 128 bytes, for boxes of 64 rows and 64 columns of 16 bits, swizzled by 128 bytes"
+def encode_map(
+    address: int,
+    sizes: tuple[int, ...], strides: tuple[int, ...],    # columns of a panel, rows, panels, heads, batch; bytes between rows, panels, heads, sequences
+    box: tuple[int, ...],                                # columns, rows and panels that come at once
+) -> bytes:
+    "A map of 128 bytes, of numbers of 16 bits, swizzled by 128 bytes"
     room = ctypes.create_string_buffer(192)
     at = -ctypes.addressof(room) % 64    # maps are made at multiples of 64 bytes
     def words(kind, *values): return (kind * len(values))(*values)
     of_16_bits, plain, swizzled, wide = 1, 0, 3, 2    # CU_TENSOR_MAP_: DATA_TYPE_UINT16, INTERLEAVE_NONE and FLOAT_OOB_FILL_NONE, SWIZZLE_128B, L2_PROMOTION_L2_128B
-    failed = map_encoder()(ctypes.c_void_p(ctypes.addressof(room) + at), of_16_bits, 4, ctypes.c_void_p(address), words(ctypes.c_uint64, *sizes), words(ctypes.c_uint64, *strides),
-                           words(ctypes.c_uint32, 64, 64, 1, 1), words(ctypes.c_uint32, 1, 1, 1, 1), plain, swizzled, wide, plain)
+    failed = map_encoder()(ctypes.c_void_p(ctypes.addressof(room) + at), of_16_bits, 5, ctypes.c_void_p(address), words(ctypes.c_uint64, *sizes), words(ctypes.c_uint64, *strides),
+                           words(ctypes.c_uint32, *box, 1, 1), words(ctypes.c_uint32, *[1] * 5), plain, swizzled, wide, plain)
     if failed: raise RuntimeError(f"the CUDA driver makes no map of a tensor with sizes {sizes} and strides of {strides} bytes (error {failed}): please report this")
     made = room.raw[at:at + 128]
     if made[:8] != address.to_bytes(8, "little"): raise RuntimeError("this CUDA driver's maps of tensors do not begin with the address: please report its version; backend='torch' works")
     return made
 
-def tensor_map(t: Tensor) -> bytes:    # [B, H, L, D]
+def tensor_map(
+    t: Tensor,    # [B, H, L, D]
+    rows: int,    # of a box; from 64 on all panels of 64 columns come at once, else one
+) -> bytes:
     "How the copy engine sees a tensor; where a dimension is expanded it has one row"
     (B, H, L, D), (batch, head, row, _), size = t.shape, t.stride(), t.element_size()
     if not t.numel() or not in_steps(t.stride(), size): return bytes(128)    # no kernel reads it: it is empty, or copied first
     def seen(count, stride): return (count, stride * size) if stride and count > 1 else (1, row * size)
     (heads, head), (batches, batch) = seen(H, head), seen(B, batch)
-    return encode_map(t.data_ptr() & ~15, (D, L, heads, batches), (row * size, head, batch))    # a call writes its own address
+    return encode_map(t.data_ptr() & ~15, (64, L, D // 64, heads, batches), (row * size, 64 * size, head, batch), (64, rows, D // 64 if rows >= 64 else 1))    # a call writes its own address
 
 # %% ../nbs/08b_warpgroups.ipynb #5504916c
 WGMMA = r'''

@@ -150,9 +150,9 @@ def test_a_column_of_chunks_meets_every_bank_once(chunk):
 def test_a_map_has_one_row_where_a_dimension_is_expanded(monkeypatch):
     seen = []
     monkeypatch.setitem(tensor_map.__globals__, "encode_map", lambda address, *about: seen.append(about) or bytes(128))
-    t = torch.empty(2, 100, 3, 64, dtype=torch.bfloat16).transpose(1, 2)
-    for x in (t, t[:, :1].expand(-1, 3, -1, -1), t[:1]): tensor_map(x)
-    assert seen == [((64, 100, 3, 2), (384, 128, 38400)), ((64, 100, 1, 2), (384, 384, 38400)), ((64, 100, 3, 1), (384, 128, 384))]
+    t = torch.empty(2, 100, 3, 128, dtype=torch.bfloat16).transpose(1, 2)
+    for x, rows in ((t, 64), (t[:, :1].expand(-1, 3, -1, -1), 64), (t[:1], 16)): tensor_map(x, rows)
+    assert seen == [((64, 100, 2, 3, 2), (768, 128, 256, 76800), (64, 64, 2)), ((64, 100, 2, 1, 2), (768, 128, 768, 76800), (64, 64, 2)), ((64, 100, 2, 3, 1), (768, 128, 256, 768), (64, 16, 1))]
 
 
 ONE_PRODUCT = r'''
@@ -166,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(128, 1) one_product(const __grid_co
     const int row = i / 8, chunk = i % 8, to = row * 128 + ((chunk ^ (row & 7)) << 4);
     copy_async(a + to, p.q + row * p.q_l + chunk * 8); copy_async(b + to, p.k + row * p.k_l + chunk * 8);
   }
-  arrive_when_copied(here); await(here, 0); fence_copies();
+  count_copies(here); arrive(here); await(here, 0); fence_copies();
   float s[1][8][4];
   wgmma_fence();
   for (int ks = 0; ks < 4; ks++) wgmma_scores(s, descriptor(a, 0) + (ks * 32 >> 4), descriptor(b, 0) + (ks * 32 >> 4), ks > 0);

@@ -41,13 +41,13 @@ def test_every_variant_compiles_without_spills_and_runs_its_products_by_themselv
 def test_launch_parameters(D, N):
     t = HOPPER_TILES[D, N]
     assert t.STAGES >= 3, "a team holds a tile of values while it waits for the next keys and values"
-    assert hopper_shared(t, D) <= 227 * 1024 and t.threads <= 1024 and t.BM in (64, 128) and N % t.BM == 0 and N % t.BN == 0 and t.TEAMS in (1, 2, 4)
+    assert hopper_shared(t, D) <= 227 * 1024 and t.threads <= 1024 and t.BM in (64, 128) and max(N, 64) % t.BM == max(N, 64) % t.BN == 0 and t.TEAMS in (1, 2, 4)
     at_start = 65536 // t.threads // 8 * 8    # registers of a thread when the kernel starts
     groups = t.threads // 128
     assert (groups - 1) * t.REGS + t.LOADER_REGS <= groups * at_start, "asks for more registers than there are, and would wait for ever"
 
 
-@pytest.mark.parametrize("D, N", HOPPER_TILES)
+@pytest.mark.parametrize("D, N", [about for about in HOPPER_TILES if about[1] >= 64])
 def test_a_dense_layout_of_4096_tokens_is_split(D, N):
     "What the GPU tests below rely on, for 8 heads and the multiprocessors of an H100 or H200"
     layout = P.dense().layout(4096, block=N)
@@ -60,7 +60,7 @@ def test_other_gpus_and_shapes_stay_with_the_kernels_before(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         monkeypatch.setitem(takes_hopper.__wrapped__.__globals__, "max_shared_memory", lambda device: 227 * 1024)
         seen.append([(D, N) for D in (32, 64, 80, 128, 256) for N in (16, 32, 64, 128) if takes_hopper.__wrapped__(name, D, N)])
-    assert seen == [[], [(64, 64), (64, 128), (128, 64), (128, 128)], []]
+    assert seen == [[], [(D, N) for D in (64, 128) for N in (16, 32, 64, 128)], []]
 
 
 @pytest.mark.parametrize("D, N", HOPPER_TILES)
@@ -74,7 +74,7 @@ def test_a_call_launches_at_most_a_thread_block_for_each_multiprocessor(D, N, mo
     monkeypatch.setitem(forward_on_gpu.__globals__, "takes_hopper", lambda *about: True)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    for L, blocks in ((100, 2 * 3 * (2 if N == 64 else 1)), (40_000, 132)):
+    for L, blocks in ((100, 2 * 3 * (1 if N == 128 else 2)), (40_000, 132)):
         q = torch.randn(2, 3, L, D, dtype=torch.bfloat16)
         o, lse = forward_on_gpu(q, q, q, P.local(1).layout(L, block=N), 0.125, None, None)
         got, params = launches.pop()
@@ -103,7 +103,7 @@ def test_hopper_within_budget(D, N, dtype, kind):
 
 @pytest.mark.cuda
 @settings(max_examples=100, deadline=None)
-@given(D=st.sampled_from([64, 128]), N=st.sampled_from([64, 128]), L=st.integers(1, 900), S=st.integers(1, 900), H=st.integers(1, 3), causal=st.booleans(), per_head=st.booleans(),
+@given(D=st.sampled_from([64, 128]), N=st.sampled_from([16, 32, 64, 128]), L=st.integers(1, 900), S=st.integers(1, 900), H=st.integers(1, 3), causal=st.booleans(), per_head=st.booleans(),
        density=st.floats(0, 1), dtype=st.sampled_from([torch.bfloat16, torch.float16]), seed=st.integers(0, 1 << 30))
 def test_random_layouts_on_hopper(**about):
     (q, k, v), layout = sized_problem(**about)
