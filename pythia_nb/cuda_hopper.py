@@ -483,7 +483,7 @@ hopper_recipe = functools.partial(forward_recipe, kernels=hopper_kernels, stay=T
 
 # %% ../nbs/09_cuda_hopper.ipynb #625b6dc0
 def forward_on_gpu(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, segments, kv_lengths) -> tuple[Tensor, Tensor]:    # as `cuda_forward`
-    "Block-sparse attention by the fastest CUDA kernel that takes the problem"
+    "Block-sparse attention by the kernel for Hopper, or where it does not take the problem by the one for the block size"
     if not takes_hopper(q.device, q.shape[3], layout.block): return forward_by_block(q, k, v, layout, scale, segments, kv_lengths)
     return forward_call(hopper_recipe, segments is not None, q, k, v, layout, scale, segments, kv_lengths)
 

@@ -247,6 +247,6 @@ def hopper_backward(
     return backward_in_two(HOPPER_RECIPES, do, dlse, q, k, v, o, lse, layout, scale, segments, kv_lengths)
 
 def backward_on_gpu(do, dlse, q, k, v, o, lse, layout: BlockLayout, *rest):    # as `hopper_backward`
-    "Gradients of block-sparse attention by the fastest CUDA kernels that take the problem"
+    "Gradients of block-sparse attention by the kernels for Hopper, or where they do not take the problem by those for the block size"
     backward = hopper_backward if takes_hopper(q.device, q.shape[3], layout.block) else backward_by_block
     return backward(do, dlse, q, k, v, o, lse, layout, *rest)
