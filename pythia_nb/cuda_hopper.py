@@ -7,7 +7,7 @@ __all__ = ['RING', 'TEAM', 'COPY_ROWS', 'PLAN_JOB', 'LIST', 'LOADER', 'HOPPER_BE
            'HOPPER_SCORES', 'ADD_VALUES', 'HOPPER_SOFTMAX', 'OTHER_DOCUMENT', 'HIDE_PAIRS', 'HOPPER_VALUES',
            'STORE_DIRECT', 'HOPPER_END', 'HOPPER', 'HEAD', 'HOPPER_TILES', 'hopper_recipe', 'HopperTile',
            'hopper_shared', 'team_source', 'hopper_source', 'hopper_hash', 'takes_hopper', 'hopper_kernels',
-           'forward_on_gpu', 'hopper_table']
+           'forward_on_gpu', 'hopper_table', 'shares_of_64']
 
 # %% ../nbs/09_cuda_hopper.ipynb #c50e032b
 import functools
@@ -499,3 +499,11 @@ def hopper_table(
     lines += [f"| {r['D']} | {r['L']:,} | {r['pattern']} | {r['block']} | {r['density']:.1%} | {r['tflops']:.0f} | {r['tflops'] / limit:.0%} | {rate('mma.sync', r)} | {rate('flex', r)} | {dense('fa2', r)} | {dense('cudnn', r)} |"
               for r in rows if r["name"] == "hopper"]
     return Table("\n".join(lines))
+
+def shares_of_64(
+    rows: list[dict],    # as for `hopper_table`
+    N: int,              # block size
+) -> dict[str, float]:   # by pattern
+    "What blocks of N reach of the rate at blocks of 64, the least over head dims and lengths"
+    rates = {(r["pattern"], r["block"], r["D"], r["L"]): r["tflops"] for r in rows if r["name"] == "hopper"}
+    return {pattern: min(rate / rates[pattern, 64, *where] for (p, block, *where), rate in rates.items() if (p, block) == (pattern, N)) for pattern in ("local", "strided", "bigbird")}

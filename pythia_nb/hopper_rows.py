@@ -251,9 +251,9 @@ __device__ __forceinline__ u64 row_steps(u32 tile, int ks) { return descriptor(t
 '''
 
 # %% ../nbs/09b_hopper_rows.ipynb #142ba6d4
-ROW_MASK = """
+ROW_MASK = r'''
     if (masked) hide_pairs(s, 0.f, p, w.b, w.keys, w.first + row0, base);
-"""
+'''
 
 # %% ../nbs/09b_hopper_rows.ipynb #c04339b0
 ROW_SUMS = r'''

@@ -10,7 +10,7 @@ from pythia_nb.cuda_backward import cuda_backward
 from pythia_nb.cuda_basics import check_compiles, params_at
 from pythia_nb.cuda_forward import check_end_of_long_sequence, chunk_size, cuda_forward
 from pythia_nb.cuda_hopper import (
-    HOPPER_TILES, forward_on_gpu, hopper_hash, hopper_recipe, hopper_shared, hopper_source, takes_hopper,
+    HOPPER_TILES, forward_on_gpu, hopper_hash, hopper_recipe, hopper_shared, hopper_source, shares_of_64, takes_hopper,
 )
 from pythia_nb.reference import (
     as_function, check_attention, check_forward, hard_problem, past_the_diagonal, sized_problem,
@@ -154,6 +154,12 @@ def test_gradients_behind_it_within_budget(D, N):
     "The backward pass takes this kernel's o and lse"
     (q, k, v), layout, kw = hard_problem(D, N, torch.bfloat16, 2)
     check_attention(as_function(hopper_forward, cuda_backward), q, k, v, layout, **kw)
+
+
+def test_the_share_of_a_block_size_is_its_least():
+    rows = [dict(name=name, pattern=p, block=N, D=D, L=8192, tflops=rate * (2 if name == "other" else 1)) for name in ("hopper", "other") for p in ("local", "strided", "bigbird")
+            for D, N, rate in ((64, 64, 100), (64, 16, 60), (128, 64, 200), (128, 16, 50))]
+    assert shares_of_64(rows, 16) == dict.fromkeys(("local", "strided", "bigbird"), 0.25)
 
 
 def test_the_sources_are_the_ones_that_passed_on_a_gpu():
