@@ -15,7 +15,7 @@ import torch
 
 from .cuda_basics import Kernel
 from .cuda_forward import cuda_kernel
-from .cuda_hopper import ADD_VALUES, COPY_ROWS, HIDE_PAIRS, LIST, OTHER_DOCUMENT, PLAN_JOB, RING, STORE_DIRECT, HopperTile, team_source
+from .cuda_hopper import ADD_VALUES, COPY_ROWS, HIDE_PAIRS, LIST, OTHER_DOCUMENT, PLAN_JOB, RING, SEES, STORE_DIRECT, HopperTile, team_source
 from .cuda_small_backward import COMBINE_ROWS, side_recipe
 from .exact_sums import AROUND_TILE
 from .warpgroups import BARRIERS, COPY_ENGINE, tensor_map
@@ -204,15 +204,7 @@ ROW_TILE = r'''
   for (int left = w.tiles; left > 0; left--) {
     const u32 k_full = barriers + 16 + ring.stage * 8, k_tile = uniform(own_at + OWN + ring.stage * PLACE);
     await(k_full, ring.phase);
-    int base[E]; bool seen = false, masked = p.untrusted;    // the first key of each entry
-    #pragma unroll
-    for (int e = 0; e < E; e++) {
-      const int2 entry = team.entries[ring.stage][e];
-      const bool sees = entry.y >> list & 1;
-      base[e] = E == 1 || sees ? entry.x : LEFT;
-      seen |= sees; masked |= !sees || !(entry.y >> (8 + list) & 1) || entry.x + NE > w.keys;
-    }
-    ring.turn();
+''' + SEES + r'''    ring.turn();
     const u32 v_full = barriers + 16 + ring.stage * 8, v_tile = uniform(own_at + OWN + ring.stage * PLACE), v_phase = ring.phase;
     ring.turn();
     if (E == 1 && (!seen || (p.causal && base[0] > w.first + group * 64 + 63))) {
